@@ -5,7 +5,6 @@ construction (q = 3 mod 4: size q + 1) or second construction (q = 1 mod 4: size
 Used to rotate the residual stream, attention heads and (optionally) keys (QServe section 4.2).
 """
 
-import functools
 import math
 
 import torch
@@ -45,33 +44,54 @@ def _paley(n: int) -> Tensor | None:
     return None
 
 
-@functools.cache
-def _base(n: int) -> Tensor | None:
-    """+-1 Hadamard matrix of size n: Paley directly, else Sylvester doubling of a smaller one."""
-    if n == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    paley = _paley(n) if n % 4 == 0 and n & (n - 1) else None
-    if paley is not None:
-        return paley
-    half = _base(n // 2) if n % 2 == 0 else None
-    if half is None:
-        return None
-    return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
+def _is_paley(n: int) -> bool:
+    q, r = n - 1, n // 2 - 1
+    return n % 4 == 0 and ((_is_prime(q) and q % 4 == 3) or (_is_prime(r) and r % 4 == 1))
+
+
+def _split(n: int) -> tuple[int, int] | None:
+    """n = 2**k * base with the smallest base that exists: (2**k, base), or None."""
+    base, power = n, 1
+    while base % 2 == 0:
+        base, power = base // 2, power * 2
+    while base <= n:
+        if base == 1 or _is_paley(base):
+            return power, base
+        base, power = base * 2, power // 2
+    return None
 
 
 def has_hadamard(n: int) -> bool:
-    """Whether hadamard_matrix(n) exists here."""
-    return _base(n) is not None
+    """Whether a Hadamard matrix of size n can be built here (nothing is built to answer)."""
+    return n > 0 and _split(n) is not None
 
 
-def hadamard_matrix(n: int) -> Tensor:
-    """Orthogonal matrix fp64 [n, n] with entries +-1/sqrt(n); powers of two give Sylvester's.
+def rotate_last(x: Tensor) -> Tensor:
+    """``x @ H`` for x [..., n], H the orthogonal Hadamard matrix of size n; in x's dtype.
 
-    Raises UnsupportedModelError for sizes without a construction (n not a multiple of 4, ...).
+    Takes n log n instead of n * n steps: butterflies for the power of two, one small product for
+    the base. Raises UnsupportedModelError for sizes without a construction (n odd, ...).
     """
-    base = _base(n)
-    if base is None:
+    n = x.shape[-1]
+    split = _split(n) if n else None
+    if split is None:
         raise UnsupportedModelError(
             f"No Hadamard matrix of size {n} can be built; switch the rotation off for this model."
         )
-    return base / math.sqrt(n)
+    power, base = split
+    y = x.reshape(-1, power, base)  # H = Sylvester(power) (x) Paley(base)
+    if base > 1:
+        paley = _paley(base)
+        assert paley is not None
+        y = y @ paley.to(y)
+    half = 1
+    while half < power:
+        pairs = y.reshape(-1, power // (2 * half), 2, half, base)
+        y = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
+        half *= 2
+    return (y.reshape(x.shape)) / math.sqrt(n)
+
+
+def hadamard_matrix(n: int) -> Tensor:
+    """The orthogonal matrix itself, fp64 [n, n], entries +-1/sqrt(n); Sylvester's for 2**k."""
+    return rotate_last(torch.eye(n, dtype=torch.float64))
