@@ -1,0 +1,54 @@
+# make demo    quantize the bundled model, print the accuracy table, generate text
+# make test    run the tests
+# make lint    ruff, ruff format --check, mypy            make format   rewrite in place
+# make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
+#
+# Every target first makes .venv in this folder, with qoq installed in editable mode.
+
+# The Python to build .venv with: 3.11 or newer.
+PYTHON ?= python3
+
+# What to hand to `pip install` for PyTorch. On Linux the default package index serves builds with
+# CUDA inside (several GB). On a machine without an NVIDIA GPU the CPU build is enough; PyTorch's
+# "Get Started" page shows the index that serves it, and it can be given here:
+#     make test TORCH="torch==2.13.0 --index-url <that index>"
+# A torch that is already in .venv and fits the version is left alone.
+TORCH ?= torch==2.13.0
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "qoq needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+	    echo "No NVIDIA GPU found: the CPU build of PyTorch is enough here."; \
+	    echo "If pip starts to fetch gigabytes of CUDA packages, stop it and see TORCH in the Makefile."; \
+	fi
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
