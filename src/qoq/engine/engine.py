@@ -1,0 +1,225 @@
+"""Engine: many requests through one decoder over a paged KV cache (QServe section 5.1).
+
+A step runs one batch: the next token of every request that is generating, and as many prompt
+chunks of the others as the step's token budget holds. What a request's rows look like, where its
+chunks begin and end included, depends on the request alone, so its tokens do not depend on what
+else is in the batch.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qoq.engine.request import Request, SamplingParams, Update
+from qoq.errors import RequestError
+from qoq.kernels.sample import SampleOutput, SamplingBatch, sample
+from qoq.kvcache.allocator import PageAllocator
+from qoq.kvcache.pool import KVPool, slots_for
+from qoq.models.batch import Batch
+from qoq.models.decoder import Decoder
+from qoq.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 512
+
+
+class Engine:
+    """Runs requests to their end, first come, first served.
+
+    A request gets all the pages it may ever need when it is admitted, so nothing that runs is ever
+    thrown out; the others wait in line.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: Sequence[int] = (),
+        max_requests: int = 64,
+        max_step_tokens: int = 2048,
+        backend: str = "auto",
+    ) -> None:
+        """max_requests run at a time; a step's batch holds max_step_tokens rows, or a bit fewer.
+
+        ``eos_ids`` end a text; ``backend`` is passed on to every op.
+        """
+        self._decoder = decoder
+        self._pool = pool
+        self._allocator = PageAllocator(pool.num_pages)
+        self._tokenizer = tokenizer
+        self._eos_ids = tuple(eos_ids)
+        self._max_requests = max_requests
+        self._max_step_tokens = max(max_step_tokens, max_requests + PREFILL_CHUNK)
+        self._backend = backend
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
+        """Put a prompt in line. Raises RequestError where it can never be run."""
+        length = check_length(prompt_ids, params, self._decoder.config.max_positions)
+        vocab = self._decoder.config.vocab_size
+        strange = next((i for i in prompt_ids if not 0 <= i < vocab), None)
+        if strange is not None:
+            raise RequestError(f"Token id {strange} is outside this model's vocabulary of {vocab}.")
+        need = pages_needed(length, self._pool.page_size)
+        if need > self._pool.num_pages:
+            raise RequestError(
+                f"A request of {length} tokens ({len(prompt_ids)} of them the prompt) needs {need} "
+                f"KV pages; the cache has {self._pool.num_pages}. Shorten the prompt, lower "
+                "max_tokens or give the cache more memory."
+            )
+        request = Request(
+            prompt_ids, params, max_length=length, eos_ids=self._eos_ids, tokenizer=self._tokenizer
+        )
+        self._waiting.append(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request now and free its pages; a finished one is left alone."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self._release()
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """One batch through the model: the next token of every request whose prompt is read."""
+        self._admit()
+        chunks = self._plan()
+        if not chunks:
+            return []
+        batch, rows = self._batch(chunks)
+        logits = self._decoder(batch, self._pool.layers, rows, backend=self._backend)
+        ready = self._advance(chunks)
+        tokens = sample(logits, self._sampling(ready), backend=self._backend)
+        updates = _accept(ready, tokens)
+        self._release()
+        return updates
+
+    def _admit(self) -> None:
+        """Let waiting requests in, in order, while there is room for the next one."""
+        while self._waiting and len(self._running) < self._max_requests:
+            request = self._waiting[0]
+            need = pages_needed(request.max_length, self._pool.page_size)
+            if need > self._allocator.num_free:
+                return
+            request.pages = self._allocator.allocate(need)
+            self._running.append(self._waiting.popleft())
+
+    def _plan(self) -> list[tuple[Request, int]]:
+        """Which requests take part in this step, and up to which of its ids each is read.
+
+        Generating requests all take part; prompts do while the token budget lasts. Chunks end at
+        multiples of PREFILL_CHUNK, wherever the budget ends.
+        """
+        chunks = [(r, len(r.ids)) for r in self._running if r.num_new]
+        budget = self._max_step_tokens - len(chunks)
+        for request in self._running:
+            if request.num_new:
+                continue
+            chunk_end = (request.num_cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK
+            stop = min(chunk_end, len(request.ids))
+            budget -= stop - request.num_cached
+            if budget < 0:
+                break
+            chunks.append((request, stop))
+        return chunks
+
+    def _batch(self, chunks: Sequence[tuple[Request, int]]) -> tuple[Batch, Tensor]:
+        """The step's tensors, and the rows whose logits choose a token (int64)."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends = [0]
+        rows: list[int] = []
+        for request, stop in chunks:
+            start = request.num_cached
+            ids += request.ids[start:stop]
+            positions += range(start, stop)
+            slots += slots_for(request.pages, start, stop, self._pool.page_size)
+            ends.append(len(ids))
+            if stop == len(request.ids):
+                rows.append(len(ids) - 1)
+        widest = max(len(request.pages) for request, _ in chunks)
+        table = [r.pages + [0] * (widest - len(r.pages)) for r, _ in chunks]
+        device = self._pool.device
+
+        def longs(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        def ints(values: Sequence[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        batch = Batch(
+            input_ids=longs(ids),
+            positions=longs(positions),
+            slots=longs(slots),
+            page_table=ints(table),
+            kv_lens=ints([stop for _, stop in chunks]),
+            cu_seqlens_q=ints(ends),
+        )
+        return batch, longs(rows)
+
+    def _advance(self, chunks: Sequence[tuple[Request, int]]) -> list[Request]:
+        """Note what is cached now; the requests that get a token, in the order of their rows."""
+        for request, stop in chunks:
+            request.num_cached = stop
+        return [request for request, stop in chunks if stop == len(request.ids)]
+
+    def _sampling(self, requests: Sequence[Request]) -> SamplingBatch:
+        """Each request's parameters as tensors; the randomness hangs on (seed, new tokens so far)."""
+        device = self._pool.device
+
+        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        params = [request.params for request in requests]
+        return SamplingBatch(
+            temperature=column([p.temperature for p in params], torch.float32),
+            top_k=column([p.top_k for p in params], torch.int64),
+            top_p=column([p.top_p for p in params], torch.float32),
+            min_p=column([p.min_p for p in params], torch.float32),
+            seeds=column([r.seed for r in requests], torch.int64),
+            step=column([r.num_new for r in requests], torch.int64),
+        )
+
+    def _release(self) -> None:
+        """Free the pages of requests that have ended."""
+        for request in self._running:
+            if request.finish_reason is not None:
+                self._allocator.free(request.pages)
+                request.pages = []
+        self._running = [r for r in self._running if r.finish_reason is None]
+        self._waiting = deque(r for r in self._waiting if r.finish_reason is None)
+
+
+def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int) -> int:
+    """Tokens a request may come to, prompt included: at most the model's ``context``.
+
+    Raises RequestError for an empty prompt and for one that leaves no room for a new token.
+    """
+    if not prompt_ids:
+        raise RequestError("The prompt is empty; it must have at least one token.")
+    if len(prompt_ids) >= context:
+        raise RequestError(
+            f"The prompt has {len(prompt_ids)} tokens; this model's context is {context}, new "
+            "tokens included. Shorten the prompt."
+        )
+    return min(len(prompt_ids) + params.max_tokens, context)
+
+
+def pages_needed(length: int, page_size: int) -> int:
+    """KV pages of a request that ends with ``length`` tokens (its last token is never cached)."""
+    return -(-max(length - 1, 1) // page_size)
+
+
+def _accept(requests: Sequence[Request], tokens: SampleOutput) -> list[Update]:
+    chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
+    return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]

@@ -1,0 +1,57 @@
+"""The public door is light: no torch, no device, under 0.3 s."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100
+    )
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import qoq; t = time.perf_counter() - t;"
+        "heavy = {'torch', 'numpy', 'transformers', 'triton', 'matplotlib', 'huggingface_hub'};"
+        "print(sorted(heavy & set(sys.modules)), qoq.__version__ != '', t)"
+    )
+    best = 9.0
+    for _ in range(3):  # the machine may be busy; the quickest run tells the truth
+        loaded, version, seconds = run(code).rsplit(" ", 2)
+        assert loaded == "[]"
+        assert version == "True"
+        best = min(best, float(seconds))
+    assert best < 0.3
+
+
+def test_names_and_their_homes() -> None:
+    import qoq
+
+    assert set(qoq.__all__) <= set(dir(qoq))
+    from qoq import LLM, QuantScheme, SamplingParams
+    from qoq.engine.request import SamplingParams as home
+    from qoq.llm import LLM as llm_home
+
+    assert SamplingParams is home
+    assert LLM is llm_home
+    assert str(QuantScheme.parse("W4A8KV4-g128")) == "w4a8kv4-g128"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = qoq.nonsense
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["pass", "import qoq.quantize", "import qoq.quantize.rounding", "from qoq import quantize"],
+)
+def test_quantize_is_the_function_whatever_was_imported_before(first: str) -> None:
+    code = (
+        f"{first}\nfrom qoq import quantize\nimport qoq, qoq.quantize\n"
+        "from qoq.quantize import rounding\n"
+        "print(callable(quantize), callable(qoq.quantize), rounding.__name__)"
+    )
+    assert run(code) == "True True qoq.quantize.rounding"
