@@ -1,0 +1,228 @@
+"""LLM: the float models answer as transformers does, packed ones the same in every batch."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny import write_tiny_llama
+from qoq import LLM, SamplingParams
+from qoq.engine.engine import Engine
+from qoq.errors import RequestError, ResourceError, SourceError
+
+BUNDLED = Path(__file__).parents[1] / "examples" / "books-llama"
+PROMPTS = ["hello world", "t", "the hell, the well; 你好 " * 2, "w" * 70]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, Any]:
+    """A tiny float model, loaded by us and by transformers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    reference = write_tiny_llama(folder, seed=11)
+    return LLM(folder), reference
+
+
+def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        do_sample=False,
+        max_new_tokens=count,
+        pad_token_id=2,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def test_greedy_is_what_transformers_generates(tiny: tuple[LLM, Any]) -> None:
+    llm, reference = tiny
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=24))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        assert output.prompt_token_ids == llm.tokenizer.encode(prompt)
+        assert output.token_ids == reference_greedy(reference, output.prompt_token_ids, 24)
+        assert output.finish_reason == ("stop" if output.token_ids[-1] == 1 else "length")
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+        assert len(output.logprobs) == len(output.token_ids)
+
+
+def test_logprobs_are_those_of_the_model(tiny: tuple[LLM, Any]) -> None:
+    llm, reference = tiny
+    output = llm.generate("hello", SamplingParams(max_tokens=5, temperature=2.0, seed=3))[0]
+    ids = output.prompt_token_ids + output.token_ids
+    with torch.no_grad():
+        logits = reference(torch.tensor([ids])).logits[0].float()
+    first = len(output.prompt_token_ids) - 1
+    wanted = logits.log_softmax(-1)[range(first, len(ids) - 1), output.token_ids]
+    torch.testing.assert_close(torch.tensor(output.logprobs), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_bundled_model_continues_prose_like_transformers() -> None:
+    from transformers import AutoModelForCausalLM
+
+    llm = LLM(BUNDLED)
+    prompts = ["It was a dark and stormy night", "“My dear Watson,” said he, “"]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    reference = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    for output in outputs:
+        assert output.token_ids == reference_greedy(reference, output.prompt_token_ids, 24)
+        assert output.text.isprintable() or "\n" in output.text
+
+
+def test_one_prompt_or_many_text_or_ids(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=6)
+    ids = llm.tokenizer.encode("hello")
+    [single] = llm.generate("hello", params)
+    assert llm.generate(["hello"], params) == [single]
+    assert llm.generate(ids, params) == [single]
+    assert llm.generate([ids, "hello"], params) == [single, single]
+    assert llm.generate([], params) == []
+    mixed = llm.generate(["hello", ids], [params, SamplingParams(max_tokens=2)])
+    assert [len(o.token_ids) for o in mixed] == [len(single.token_ids), 2]
+    with pytest.raises(RequestError, match="1 sampling parameters for 2 prompts"):
+        llm.generate(["a", "b"], [params])
+
+
+def test_stream_gives_the_same_text(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    for params in (
+        SamplingParams(max_tokens=30),
+        SamplingParams(max_tokens=30, temperature=1.5, seed=5),
+        SamplingParams(max_tokens=30, temperature=1.5, seed=5, stop=["e", "l"]),
+    ):
+        whole = llm.generate("hello w", params)[0].text
+        pieces = list(llm.stream("hello w", params))
+        assert "".join(pieces) == whole
+        assert all(pieces)
+
+
+def test_streams_can_interleave(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    alone = [llm.generate(p, params)[0].text for p in ("hello", "well")]
+    texts = ["", ""]
+    streams = [llm.stream("hello", params), llm.stream("well", params)]
+    for _ in range(12):
+        for i, pieces in enumerate(streams):
+            texts[i] += next(pieces, "")
+    assert texts == alone
+
+
+def test_chat_uses_the_template(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=4)
+    conversation = [{"role": "user", "content": "hello"}]
+    [answer] = llm.chat(conversation, params)
+    assert answer.prompt_token_ids == llm.tokenizer.encode_chat(conversation)
+    assert llm.chat([conversation, conversation], params) == [answer, answer]
+    assert llm.chat([], params) == []
+
+
+def test_seeds_repeat_and_differ(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+
+    def text(seed: int | None) -> list[int]:
+        params = SamplingParams(max_tokens=12, temperature=2.0, seed=seed, ignore_eos=True)
+        return llm.generate("hello", params)[0].token_ids
+
+    assert text(1) == text(1)
+    assert len({tuple(text(seed)) for seed in (1, 2, None, None)}) == 4
+
+
+def test_prompt_too_long_names_both_lengths(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    with pytest.raises(RequestError, match=r"200 tokens.*context is 128"):
+        llm.generate(["a", [5] * 200])
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate("")
+    with pytest.raises(RequestError, match="vocabulary"):
+        llm.stream([10**6])
+    output = llm.generate([5] * 120, SamplingParams(max_tokens=99, ignore_eos=True))[0]
+    assert (len(output.token_ids), output.finish_reason) == (8, "length")
+
+
+def test_small_cache_makes_requests_wait_and_changes_nothing(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=12)
+    wanted = llm.generate(PROMPTS, params)
+    small = LLM(llm.path, kv_tokens=128, max_requests=2)
+    got = small.generate(PROMPTS, params)
+    assert [o.text for o in got] == [o.text for o in wanted]
+    with pytest.raises(RequestError, match="KV pages"):
+        LLM(llm.path, kv_tokens=1).generate("w" * 70)
+
+
+def test_cache_that_memory_cannot_hold(
+    tiny: tuple[LLM, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        available = 1000
+
+    monkeypatch.setattr("qoq.llm.psutil.virtual_memory", Full)
+    with pytest.raises(ResourceError, match="GiB of KV cache"):
+        tiny[0].generate("hello")
+
+
+@pytest.mark.parametrize("options", [{"kv_tokens": 0}, {"max_requests": 0}])
+def test_bad_limits(tiny: tuple[LLM, Any], options: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match="must be 1 or more"):
+        LLM(tiny[0].path, **options)
+
+
+def test_interrupt_leaves_the_model_usable(
+    tiny: tuple[LLM, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=8)
+    wanted = llm.generate("hello", params)
+    step, calls = Engine.step, iter([False, True])
+
+    def interrupted(self: Engine) -> Any:
+        if next(calls):
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hello", "t"], params, progress=True)
+    assert llm.generate("hello", params) == wanted
+
+
+def test_progress_goes_to_standard_error(
+    tiny: tuple[LLM, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny[0].generate("hello", SamplingParams(max_tokens=2), progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "generating" in captured.err
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        LLM(tmp_path / "nowhere")
+    with pytest.raises(SourceError):
+        LLM(tmp_path)
+
+
+def test_eos_ids_of_generation_config_end_a_text(tiny: tuple[LLM, Any], tmp_path: Path) -> None:
+    llm, _ = tiny
+    wanted = llm.generate("hello", SamplingParams(max_tokens=6))[0]
+    folder = tmp_path / "model"
+    shutil.copytree(llm.path, folder)
+    ends = {"eos_token_id": [1, wanted.token_ids[2]]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    output = LLM(folder).generate("hello", SamplingParams(max_tokens=6))[0]
+    assert output.finish_reason == "stop"
+    assert output.token_ids == wanted.token_ids[: wanted.token_ids.index(wanted.token_ids[2]) + 1]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
