@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qoq.checkpoint.hf import resolve_source
@@ -74,9 +75,11 @@ class LLM:
         interrupt the LLM can be used again.
         """
         ids = [self._encode(prompt) for prompt in _as_list(prompts)]
+        if not ids:
+            return []
         engine, requests = self._start(ids, _one_each(params, len(ids)))
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, disable=not progress, console=_stderr()) as bar:
+        with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
             task = bar.add_task("generating", total=len(requests))
             while engine.unfinished:
                 updates = engine.step()
@@ -121,7 +124,7 @@ class LLM:
         context = self.config.max_positions
         lengths = [check_length(ids, p, context) for ids, p in zip(prompts, params, strict=True)]
         needs = [pages_needed(length, PAGE_SIZE) for length in lengths]
-        pool = self._pool(sum(sorted(needs)[-self._max_requests :]), max(needs, default=0))
+        pool = self._pool(sum(sorted(needs)[-self._max_requests :]), max(needs))
         engine = Engine(
             self._decoder,
             pool,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qoq.engine.request import Request, SamplingParams, Update
 from qoq.errors import RequestError
-from qoq.kernels.sample import SampleOutput, SamplingBatch, sample
+from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.allocator import PageAllocator
-from qoq.kvcache.pool import KVPool, slots_for
+from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch
 from qoq.models.decoder import Decoder
 from qoq.tokenizer import Tokenizer
@@ -95,11 +95,14 @@ class Engine:
         chunks = self._plan()
         if not chunks:
             return []
-        batch, rows = self._batch(chunks)
-        logits = self._decoder(batch, self._pool.layers, rows, backend=self._backend)
-        ready = self._advance(chunks)
-        tokens = sample(logits, self._sampling(ready), backend=self._backend)
-        updates = _accept(ready, tokens)
+        batch = self._batch(chunks)
+        ready = [at for at, (request, stop) in enumerate(chunks) if stop == len(request.ids)]
+        logits = self._decoder(
+            batch, self._pool.layers, batch.last_rows[ready], backend=self._backend
+        )
+        for request, stop in chunks:
+            request.num_cached = stop
+        updates = self._choose([chunks[at][0] for at in ready], logits)
         self._release()
         return updates
 
@@ -132,56 +135,27 @@ class Engine:
             chunks.append((request, stop))
         return chunks
 
-    def _batch(self, chunks: Sequence[tuple[Request, int]]) -> tuple[Batch, Tensor]:
-        """The step's tensors, and the rows whose logits choose a token (int64)."""
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        ends = [0]
-        rows: list[int] = []
-        for request, stop in chunks:
-            start = request.num_cached
-            ids += request.ids[start:stop]
-            positions += range(start, stop)
-            slots += slots_for(request.pages, start, stop, self._pool.page_size)
-            ends.append(len(ids))
-            if stop == len(request.ids):
-                rows.append(len(ids) - 1)
-        widest = max(len(request.pages) for request, _ in chunks)
-        table = [r.pages + [0] * (widest - len(r.pages)) for r, _ in chunks]
-        device = self._pool.device
-
-        def longs(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        def ints(values: Sequence[int] | list[list[int]]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        batch = Batch(
-            input_ids=longs(ids),
-            positions=longs(positions),
-            slots=longs(slots),
-            page_table=ints(table),
-            kv_lens=ints([stop for _, stop in chunks]),
-            cu_seqlens_q=ints(ends),
+    def _batch(self, chunks: Sequence[tuple[Request, int]]) -> Batch:
+        """The step's rows: each request's ids from what is cached up to its stop."""
+        return Batch.build(
+            [request.ids[request.num_cached : stop] for request, stop in chunks],
+            [request.num_cached for request, _ in chunks],
+            [request.pages for request, _ in chunks],
+            self._pool.page_size,
+            self._pool.device,
         )
-        return batch, longs(rows)
 
-    def _advance(self, chunks: Sequence[tuple[Request, int]]) -> list[Request]:
-        """Note what is cached now; the requests that get a token, in the order of their rows."""
-        for request, stop in chunks:
-            request.num_cached = stop
-        return [request for request, stop in chunks if stop == len(request.ids)]
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[Update]:
+        """Sample a token for each request from its row of logits [S, V], and hand it over.
 
-    def _sampling(self, requests: Sequence[Request]) -> SamplingBatch:
-        """Each request's parameters as tensors; the randomness hangs on (seed, new tokens so far)."""
-        device = self._pool.device
+        The randomness hangs on (seed, new tokens so far) alone.
+        """
 
         def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return torch.tensor(values, dtype=dtype, device=logits.device)
 
         params = [request.params for request in requests]
-        return SamplingBatch(
+        wanted = SamplingBatch(
             temperature=column([p.temperature for p in params], torch.float32),
             top_k=column([p.top_k for p in params], torch.int64),
             top_p=column([p.top_p for p in params], torch.float32),
@@ -189,6 +163,9 @@ class Engine:
             seeds=column([r.seed for r in requests], torch.int64),
             step=column([r.num_new for r in requests], torch.int64),
         )
+        tokens = sample(logits, wanted, backend=self._backend)
+        chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
+        return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]
 
     def _release(self) -> None:
         """Free the pages of requests that have ended."""
@@ -218,8 +195,3 @@ def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int
 def pages_needed(length: int, page_size: int) -> int:
     """KV pages of a request that ends with ``length`` tokens (its last token is never cached)."""
     return -(-max(length - 1, 1) // page_size)
-
-
-def _accept(requests: Sequence[Request], tokens: SampleOutput) -> list[Update]:
-    chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
-    return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]
