@@ -1,0 +1,96 @@
+"""linear: int8 rows x packed weights -> float, exact in integers (QServe section 5.2; design 1.2).
+
+int8 x int8 products accumulate exactly in int32, so the result up to the float epilogue is the
+same to the bit on every backend, for every tiling and every batch. Only the epilogue rounds:
+
+group and int8 weights   y = (acc * s_a) * s_w
+per-channel 4-bit        y = s_a * (s_w * acc + offset * row_sum)   (offset leaves the main loop)
+"""
+
+import torch
+from torch import Tensor
+
+from qoq.formats.activation import QuantizedActivation
+from qoq.formats.weights import ChannelWeight, PackedWeight
+from qoq.kernels.act_quant import Activation
+from qoq.kernels.dispatch import resolve
+
+# 128 * 128 * 1024 = 2**24: in chunks of this many terms every partial sum is an exact fp32 integer.
+_EXACT_CHUNK = 1024
+
+
+def linear(
+    x: Activation,
+    weight: PackedWeight | Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """fp32 [M, N] = x [M, K] times weight [N, K] transposed (+ bias [N]).
+
+    int8 rows x packed weight: exact integer accumulation, then the epilogue above. Where one side
+    is float (W4A16, a 16-bit lm_head), the other is dequantized and the product is fp32.
+    """
+    device = (x.codes if isinstance(x, QuantizedActivation) else x).device
+    run = resolve("linear", backend, device, x=x, weight=weight)
+    out: Tensor = run(x, weight, bias)
+    return out
+
+
+def linear_oracle(
+    x: Activation, weight: PackedWeight | Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Torch truth of ``linear``."""
+    if isinstance(x, Tensor) or isinstance(weight, Tensor):
+        rows = x.to(torch.float32) if isinstance(x, Tensor) else x.dequantize()
+        matrix = weight.to(torch.float32) if isinstance(weight, Tensor) else weight.dequantize()
+        out = rows @ matrix.T
+    else:
+        acc = int_matmul(x.codes, weight.int8()).to(torch.float32)
+        if isinstance(weight, ChannelWeight):
+            corrections = weight.offset * x.row_sum.to(torch.float32)[:, None]
+            out = acc.mul_(weight.scale).add_(corrections).mul_(x.scale[:, None])
+        else:
+            out = acc.mul_(x.scale[:, None]).mul_(_channel_scale(weight))
+    return out if bias is None else out.add_(bias.to(torch.float32))
+
+
+def int_matmul(codes_a: Tensor, codes_w: Tensor) -> Tensor:
+    """Exact int32 [M, N] = codes_a int8 [M, K] times codes_w int8 [N, K] transposed; K < 2**17.
+
+    Three exact ways, the fastest that is safe: the int8 GEMM of a CPU with VNNI (without VNNI that
+    GEMM may saturate 16-bit intermediates), else fp32 in chunks short enough to stay below 2**24,
+    else (other devices, where fp32 may silently mean TF32) fp64.
+    """
+    m, k, n = codes_a.shape[0], codes_a.shape[1], codes_w.shape[0]
+    if k != codes_w.shape[1]:
+        raise ValueError(f"{k} activation columns do not meet {codes_w.shape[1]} weight columns")
+    if not (m and n and k):
+        return codes_a.new_zeros((m, n), dtype=torch.int32)
+    if codes_a.device.type != "cpu":
+        return (codes_a.to(torch.float64) @ codes_w.to(torch.float64).T).to(torch.int32)
+    if _has_vnni():
+        return torch._int_mm(codes_a, codes_w.T)
+    return _chunked_matmul(codes_a, codes_w)
+
+
+def _chunked_matmul(codes_a: Tensor, codes_w: Tensor) -> Tensor:
+    """int_matmul by fp32 BLAS over K-chunks whose partial sums fp32 holds exactly."""
+    acc = codes_a.new_zeros((codes_a.shape[0], codes_w.shape[0]), dtype=torch.int32)
+    for start in range(0, codes_a.shape[1], _EXACT_CHUNK):
+        a = codes_a[:, start : start + _EXACT_CHUNK].to(torch.float32)
+        w = codes_w[:, start : start + _EXACT_CHUNK].to(torch.float32)
+        acc += (a @ w.T).to(torch.int32)
+    return acc
+
+
+def _has_vnni() -> bool:
+    # Older torch cannot tell; it then takes the fp32 way, which is right everywhere.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_vnni", False))
+
+
+def _channel_scale(weight: PackedWeight) -> Tensor:
+    """fp32 [N]: the one float scale per output channel of a group or int8 weight."""
+    tensors = weight.tensors()
+    return tensors["channel_scale"] if "channel_scale" in tensors else tensors["scale"]
