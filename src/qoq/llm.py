@@ -8,7 +8,6 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qoq.checkpoint.hf import resolve_source
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams
 from qoq.errors import RequestError, ResourceError
@@ -49,12 +48,11 @@ class LLM:
             raise RequestError(f"kv_tokens must be 1 or more, not {kv_tokens}.")
         if max_requests < 1:
             raise RequestError(f"max_requests must be 1 or more, not {max_requests}.")
-        path = resolve_source(str(model))
-        loaded = load_model(path)
-        self.path = path
+        loaded = load_model(model)
+        self.path = loaded.path
         self.config = loaded.config
         self.scheme = loaded.scheme
-        self.tokenizer = Tokenizer.load(path)
+        self.tokenizer = Tokenizer.load(loaded.path)
         self._decoder = loaded.decoder
         self._eos_ids = self.tokenizer.eos_ids or loaded.config.eos_token_ids
         self._kv_tokens = kv_tokens
