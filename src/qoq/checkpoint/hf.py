@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qoq.errors import SourceError
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # What a hub download fetches: configs, tokenizers and safetensors; never pickles or code.
@@ -34,7 +35,7 @@ class HFSource:
         self.path = Path(path)
         if not self.path.is_dir():
             raise SourceError(f"There is no model folder {self.path}.")
-        self.config: dict[str, Any] = read_json_object(self.path / "config.json")
+        self.config: dict[str, Any] = read_json_object(self.path / CONFIG_NAME)
         self._shard_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         shards, index = self._shards()
@@ -173,9 +174,9 @@ def resolve_source(model: str | Path) -> Path:
     Only configs, tokenizer files and safetensors are fetched. Raises SourceError if neither works.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path
-    if path.exists():
+    if str(model) and path.exists():
         raise SourceError(f"{model} is a file; name the folder that holds config.json.")
     name = str(model)
     parts = name.split("/")

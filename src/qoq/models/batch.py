@@ -53,7 +53,7 @@ class Batch:
     ) -> "Batch":
         """Run ``ids[s]`` at positions ``starts[s]..`` of sequence s, which owns ``pages[s]``.
 
-        ``pages[s]``, in order, must hold all tokens up to the last new one. Raises ValueError if they don't.
+        The pages, in order, must hold every token up to the last new one, else ValueError.
         """
         if not len(ids) == len(starts) == len(pages):
             raise ValueError(f"{len(ids)} id lists, {len(starts)} starts, {len(pages)} page lists")

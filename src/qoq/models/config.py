@@ -1,4 +1,4 @@
-"""ModelConfig: the one reader of Hugging Face config keys; refuses what would be computed wrongly."""
+"""ModelConfig: the one reader of Hugging Face config keys; refuses what it cannot honour."""
 
 import math
 from collections.abc import Mapping
@@ -54,12 +54,12 @@ class ModelConfig:
     @property
     def sm_scale(self) -> float:
         """What attention scores are multiplied by before the softmax."""
-        return self.head_dim**-0.5
+        return 1 / math.sqrt(self.head_dim)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Read a raw ``config.json``, in the old spelling (``rope_scaling``, ``rope_theta``) or that
-        of transformers 5 (``rope_parameters``).
+        """Read a raw ``config.json``, in the old spelling (``rope_scaling``, ``rope_theta``) or
+        that of transformers 5 (``rope_parameters``).
 
         Raises UnsupportedModelError that names the first thing that cannot be honoured.
         """
@@ -166,9 +166,9 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int |
             raise UnsupportedModelError(
                 f"layer_types names {len(layer_types)} layers but num_hidden_layers is {layers}."
             )
-    window = (
-        None if raw.get("sliding_window", 4096) is None else _positive(raw, "sliding_window", 4096)
-    )
+    window: int | None = _positive(raw, "sliding_window", 4096)
+    if raw.get("sliding_window", 4096) is None:  # null means none, unlike an absent key
+        window = None
     if family.window_rule == "all":
         slides = [window is not None] * layers
         if layer_types is not None and slides != [t == "sliding_attention" for t in layer_types]:

@@ -178,7 +178,7 @@ class Decoder:
         *,
         backend: str = "auto",
     ) -> Tensor:
-        """Logits fp32 [M, V] of the given rows (int64 [M]; all T if None), after writing the cache."""
+        """Logits fp32 [M, V] of the given rows (int64 [M]; None: all T); writes the cache."""
         hidden = self.hidden(batch, kv, backend=backend)
         return self.logits(hidden if rows is None else hidden[rows], backend=backend)
 
@@ -192,9 +192,9 @@ def build_layer(
     scheme: QuantScheme,
     index: int,
     get: Get,
+    k_rotation: Tensor | None = None,
     *,
     names: Container[str] = (),
-    k_rotation: Tensor | None = None,
 ) -> DecoderLayer:
     """Layer ``index`` from tensors by checkpoint name (``anatomy`` lists them).
 
@@ -230,9 +230,9 @@ def build_decoder(
     config: ModelConfig,
     scheme: QuantScheme,
     get: Get,
+    k_rotation: bool = False,
     *,
     names: Container[str] = (),
-    k_rotation: bool = False,
 ) -> Decoder:
     """The whole decoder; ``k_rotation`` adds the Hadamard turn of q and k over head_dim.
 

@@ -1,7 +1,7 @@
 """Linear: a weight of any format with its bias, and how its tensors are found in a checkpoint."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def load_weight(fmt: WeightFormat, names: Sequence[str], get: Get) -> PackedWeig
         parts = [get(f"{name}.weight").to(torch.float32) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     kind = packed_type(fmt)
-    fields = kind.__dataclass_fields__
-    packed = [kind(**{field: get(f"{name}.{field}") for field in fields}) for name in names]
+    parts_of = [field.name for field in fields(kind)]
+    packed = [kind(**{part: get(f"{name}.{part}") for part in parts_of}) for name in names]
     return packed[0] if len(packed) == 1 else kind.stack(packed)  # type: ignore[arg-type]
 
 
