@@ -53,5 +53,9 @@ class ResourceError(QoqError):
     """The job cannot fit in the memory or disk at hand; nothing was started."""
 
 
+class KVCacheFullError(QoqError):
+    """No free page is left in the KV cache; release or preempt a sequence and try again."""
+
+
 class RequestError(QoqError):
     """A generation request that cannot be honoured: too long, bad sampling parameters, ..."""

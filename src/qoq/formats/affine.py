@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def affine_qparams(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def affine_qparams(
+    low: Tensor, high: Tensor, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Scale and offset of ``2**bits`` levels from low to high, both rounded to ``dtype``.
 
     A constant vector (or a range that vanishes in ``dtype``) gets scale 1, so all its codes are 0.
@@ -31,8 +33,10 @@ def affine_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     return codes.clamp_(0, (1 << bits) - 1).to(torch.uint8)
 
 
-def affine_quantize(x: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [..., n] with scale and offset ``dtype`` [...], from the min and max of x [..., n]."""
+def affine_quantize(
+    x: Tensor, bits: int, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [..., n] with scale, offset ``dtype`` [...], from min and max of x [..., n]."""
     scale, offset = affine_qparams(x.amin(dim=-1), x.amax(dim=-1), bits, dtype)
     return affine_codes(x, scale, offset, bits), scale, offset
 

@@ -18,7 +18,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """Quadratic-residue matrix [q, q] over the prime field: +1 residue, -1 non-residue, 0 diagonal."""
+    """Quadratic-residue matrix [q, q] over the prime field: +1 residue, -1 not, 0 diagonal."""
     residues = {(i * i) % q for i in range(1, q)}
     chi = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)])
     index = (torch.arange(q)[:, None] - torch.arange(q)[None, :]) % q
@@ -36,7 +36,9 @@ def _paley(n: int) -> Tensor | None:
     if n % 2 == 0 and _is_prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
         q = n // 2 - 1
         row = torch.ones(1, q, dtype=torch.float64)
-        conference = torch.cat([torch.cat([0 * one, row], 1), torch.cat([row.T, _jacobsthal(q)], 1)])
+        conference = torch.cat(
+            [torch.cat([0 * one, row], 1), torch.cat([row.T, _jacobsthal(q)], 1)]
+        )
         eye = torch.eye(q + 1, dtype=torch.float64)
         plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
         minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)

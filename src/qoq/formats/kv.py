@@ -40,9 +40,9 @@ def dequantize_heads(heads: QuantizedHeads, bits: int) -> Tensor:
 class KVPages:
     """One layer's pages.
 
-    k_codes, v_codes: uint8 [P, Hkv, page_size, D*bits/8] (bits 4, 8) or float [P, Hkv, page_size, D]
-    (bits 16); k_scale, k_offset, v_scale, v_offset: fp16 [P, Hkv, page_size] (empty for 16 bits).
-    A slot is ``page * page_size + offset in page``.
+    k_codes, v_codes: uint8 [P, Hkv, page_size, D*bits/8] (bits 4, 8) or float
+    [P, Hkv, page_size, D] (bits 16); k_scale, k_offset, v_scale, v_offset: fp16
+    [P, Hkv, page_size] (empty for 16 bits). A slot is ``page * page_size + offset in page``.
     """
 
     format: KVFormat
@@ -88,7 +88,9 @@ class KVPages:
         return cls(format, codes(k), qparams(k), qparams(k), codes(v), qparams(v), qparams(v))
 
 
-def page_bytes(format: KVFormat, num_kv_heads: int, page_size: int, head_dim: int, float_bytes: int = 4) -> int:
+def page_bytes(
+    format: KVFormat, num_kv_heads: int, page_size: int, head_dim: int, float_bytes: int = 4
+) -> int:
     """Bytes of one layer's page, K and V, codes and fp16 scale + offset."""
 
     def per_vector(bits: int) -> int:

@@ -14,4 +14,6 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., n/2] -> uint8 codes [..., n] in 0..15."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+    # Both nibbles of a byte part inside one (little-endian) 16-bit lane: no interleaving copy.
+    lanes = packed.to(torch.int16).contiguous()
+    return ((lanes | (lanes << 4)) & 0x0F0F).view(torch.uint8)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qoq.formats.packing import unpack_nibbles
-from qoq.formats.progressive import group_values
 from qoq.formats.scheme import WeightFormat
 
 
@@ -56,8 +55,12 @@ class GroupWeight(_Packed):
 
     def int8(self) -> Tensor:
         """Level-1 integers int8 [N, K]: what meets the int8 activations in the main loop."""
-        codes = unpack_nibbles(self.codes).unflatten(1, (self.group_scale.shape[1], -1))
-        return group_values(codes, self.group_scale, self.group_offset).flatten(1).to(torch.int8)
+        codes: Tensor = unpack_nibbles(self.codes).unflatten(1, (self.group_scale.shape[1], -1))
+        # In bytes, as a kernel does it: 15 * 16 never carries, and adding the offset's byte wraps
+        # to the int8 that int32 arithmetic (``group_values``) gives.
+        codes.mul_(self.group_scale[..., None])
+        codes.add_(self.group_offset.view(torch.uint8)[..., None])
+        return codes.view(torch.int8).flatten(1)
 
     def dequantize(self) -> Tensor:
         """fp32 [N, K]."""
@@ -66,7 +69,7 @@ class GroupWeight(_Packed):
 
 @dataclass(frozen=True)
 class ChannelWeight(_Packed):
-    """4-bit per channel: ``w = code*scale + offset``; codes uint8 [N, K/2], scale, offset fp32 [N]."""
+    """4-bit per channel: ``w = code*scale + offset``; codes uint8 [N, K/2], others fp32 [N]."""
 
     codes: Tensor
     scale: Tensor
@@ -79,7 +82,7 @@ class ChannelWeight(_Packed):
         return self.codes.shape[0], self.codes.shape[1] * 2
 
     def int8(self) -> Tensor:
-        """The codes 0..15 as int8 [N, K]: the offset leaves the main loop (QServe section 5.2.2)."""
+        """The codes 0..15 as int8 [N, K]: the offset leaves the main loop (QServe 5.2.2)."""
         return unpack_nibbles(self.codes).to(torch.int8)
 
     def dequantize(self) -> Tensor:
@@ -89,7 +92,7 @@ class ChannelWeight(_Packed):
 
 @dataclass(frozen=True)
 class Int8Weight(_Packed):
-    """8-bit symmetric per channel: ``w = code*scale``; codes int8 [N, K] in +-127, scale fp32 [N]."""
+    """8-bit symmetric per channel: ``w = code*scale``; codes int8 [N, K], scale fp32 [N]."""
 
     codes: Tensor
     scale: Tensor

@@ -50,7 +50,7 @@ def silu_mul_quant(gate_up: Tensor, bits: int, *, backend: str = "auto") -> Acti
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """fp32 [..., K] = x / sqrt(mean(x^2) + eps) * gain, over the last axis; no mean is subtracted."""
+    """fp32 [..., K] = x / sqrt(mean(x^2) + eps) * gain, per last axis; no mean is subtracted."""
     x = x.to(torch.float32)
     inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return x * inverse * gain.to(torch.float32)

@@ -93,7 +93,7 @@ def gather_pages(pages: KVPages, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, first: int, window: int | None) -> Tensor:
-    """One sequence: scaled q [t, Hq, D], keys and values [Hkv, L, D], row j at key index first + j."""
+    """One sequence: scaled q [t, Hq, D], keys, values [Hkv, L, D]; row j is key first + j."""
     rows, num_heads, dim = q.shape
     kv_heads, length = keys.shape[0], keys.shape[1]
     # [Hkv, g, t, D]: the g query heads of a KV head become rows of one matrix product.

@@ -27,7 +27,7 @@ def kv_append(
 ) -> Tensor:
     """Write T tokens into pages in place; return the queries fp32 [T, Hq, D] that meet them.
 
-    q [T, Hq, D]; k, v [T, Hkv, D]; cos, sin [T, R] of the tokens' own positions (R = rotary dims/2);
+    q [T, Hq, D]; k, v [T, Hkv, D]; cos, sin [T, R] of the tokens' own positions, R = rotary dims/2;
     slots int64 [T] = page * page_size + offset, each at most once, -1 for padding rows, which write
     nothing; k_center [Hkv, D]; k_rotation [D, D] orthogonal. In order: rope(q), rope(k);
     k -= k_center; q @ k_rotation, k @ k_rotation; quantize k and v per token and head.

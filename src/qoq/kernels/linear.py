@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qoq.formats.activation import QuantizedActivation
-from qoq.formats.weights import ChannelWeight, PackedWeight
+from qoq.formats.weights import ChannelWeight, GroupWeight, PackedWeight
 from qoq.kernels.act_quant import Activation
 from qoq.kernels.dispatch import resolve
 
@@ -51,7 +51,8 @@ def linear_oracle(
             corrections = weight.offset * x.row_sum.to(torch.float32)[:, None]
             out = acc.mul_(weight.scale).add_(corrections).mul_(x.scale[:, None])
         else:
-            out = acc.mul_(x.scale[:, None]).mul_(_channel_scale(weight))
+            scale = weight.channel_scale if isinstance(weight, GroupWeight) else weight.scale
+            out = acc.mul_(x.scale[:, None]).mul_(scale)
     return out if bias is None else out.add_(bias.to(torch.float32))
 
 
@@ -86,11 +87,5 @@ def _chunked_matmul(codes_a: Tensor, codes_w: Tensor) -> Tensor:
 
 def _has_vnni() -> bool:
     # Older torch cannot tell; it then takes the fp32 way, which is right everywhere.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_vnni", False))
-
-
-def _channel_scale(weight: PackedWeight) -> Tensor:
-    """fp32 [N]: the one float scale per output channel of a group or int8 weight."""
-    tensors = weight.tensors()
-    return tensors["channel_scale"] if "channel_scale" in tensors else tensors["scale"]
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return ask is not None and bool(ask().get("avx512_vnni", False))
