@@ -88,6 +88,155 @@ def test_trained_length_of_yarn_and_its_implied_factor() -> None:
     assert (stated.rope.factor, stated.rope.attention_scale) == (3.0, 0.7)
 
 
+def test_context_includes_scaling_that_configs_leave_out() -> None:
+    def longest(**rope: Any) -> int:
+        return ModelConfig.from_hf(config_with(rope_scaling=rope)).max_positions
+
+    assert longest(rope_type="dynamic", factor=2.0) == 128
+    assert longest(rope_type="yarn", factor=4.0, original_max_position_embeddings=64) == 256
+    assert longest(rope_type="yarn", factor=4.0, original_max_position_embeddings=16) == 64
+    assert longest(rope_type="linear", factor=2.0) == 64
+    assert longest(rope_type="llama3", factor=8.0) == 64
+
+
+# Real configs, shortened to what is read, with what must come out.
+REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Llama-2-7b": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "torch_dtype": "float16",
+        },
+        {"head_dim": 128, "num_kv_heads": 32, "eos_token_ids": (2,), "max_positions": 4096},
+    ),
+    "Llama-3.2-1B": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+        },
+        {
+            "tie_word_embeddings": True,
+            "max_positions": 131072,
+            "eos_token_ids": (128001, 128008, 128009),
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        {"sliding_window": (4096,) * 32, "num_kv_heads": 8, "eos_token_ids": (2,)},
+    ),
+    "Qwen2.5-7B-with-YaRN": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+            "eos_token_id": 151643,
+        },
+        {"max_positions": 131072, "qkv_bias": True, "sliding_window": (None,) * 28},
+    ),
+    "Qwen3-0.6B": (
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        {"q_size": 2048, "kv_size": 1024, "qk_norm": True, "qkv_bias": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs(name: str) -> None:
+    raw, expected = REAL[name]
+    config = ModelConfig.from_hf(raw)
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
 def test_biases_follow_the_family() -> None:
     def biases(raw: dict[str, Any]) -> tuple[bool, bool, bool]:
         config = ModelConfig.from_hf(raw)

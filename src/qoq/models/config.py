@@ -20,6 +20,7 @@ class ModelConfig:
     ``sliding_window`` holds one entry per layer: the window in tokens (a query sees its own
     position and window - 1 before it) or None. Norms are RMSNorm before each block, with
     ``rms_norm_eps``; ``qk_norm`` adds one per head on q and k, before RoPE. The MLP is SwiGLU.
+    ``max_positions`` is the longest context, RoPE scaling included.
     """
 
     architecture: str
@@ -76,6 +77,7 @@ class ModelConfig:
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
             )
         max_positions = _positive(raw, "max_position_embeddings", family.default_max_positions)
+        rope = _rope(raw, head_dim, max_positions)
         attention_bias = _flag(raw, "attention_bias")
         return cls(
             architecture=architecture,
@@ -87,9 +89,9 @@ class ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
-            max_positions=max_positions,
+            max_positions=_stretched(max_positions, rope),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            rope=_rope(raw, head_dim, max_positions),
+            rope=rope,
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=attention_bias if family.o_bias is None else family.o_bias,
@@ -250,6 +252,15 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConf
         beta_slow=_optional(rope, "beta_slow") or 1.0,
         truncate=bool(rope.get("truncate", True)),
     )
+
+
+def _stretched(max_positions: int, rope: RopeConfig) -> int:
+    """The context a config means: dynamic and YaRN state the trained length and a factor, while
+    linear and llama3 configs state the stretched length itself.
+    """
+    if rope.type not in ("dynamic", "yarn"):
+        return max_positions
+    return max(max_positions, round(rope.original_max_positions * rope.factor))
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

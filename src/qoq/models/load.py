@@ -60,7 +60,7 @@ def check_source(config: ModelConfig, source: HFSource) -> None:
     if missing:
         raise SourceError(
             f"{source.path} lacks {len(missing)} of {len(expected)} tensors that config.json "
-            f"implies ({missing[0]}, ...). Finish the download, or check that config and weights match."
+            f"implies ({missing[0]}, ...). Finish the download, or check that both belong together."
         )
     for name, shape in expected.items():
         if source.shape(name) != shape:
