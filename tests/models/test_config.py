@@ -4,10 +4,14 @@ import copy
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qoq.errors import UnsupportedModelError
 from qoq.models.config import ModelConfig
 from qoq.models.families import FAMILIES, NEUTRAL, REFUSED
+from qoq.models.rope import cos_sin
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -368,11 +372,58 @@ def test_foreign_features_are_refused_unless_switched_off(key: str) -> None:
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number"),
         ({"tie_word_embeddings": 1}, "true or false"),
         ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 0.5}, "rope_theta must exceed 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
+        ({"rope_scaling": [4.0]}, "rope_scaling must be an object"),
+        ({"architectures": "LlamaForCausalLM"}, "list of names"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         ModelConfig.from_hf(config_with(**changes))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+READ_KEYS = [
+    *(key for key in REAL["Qwen3-0.6B"][0] if key != "num_hidden_layers"),
+    "layer_types",
+    "quantization_config",
+    "rope_parameters",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+]
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(READ_KEYS), JSON, min_size=1, max_size=2),
+    rope=st.dictionaries(
+        st.sampled_from(["rope_type", "factor", "rope_theta", "mscale", "beta_fast", "type"]),
+        st.sampled_from(["yarn", "dynamic", "llama3"]) | JSON,
+        max_size=3,
+    ),
+    name=st.sampled_from(sorted(REAL)),
+)
+def test_any_json_is_read_or_refused(
+    changes: dict[str, Any], rope: dict[str, Any], name: str
+) -> None:
+    raw = {**REAL[name][0], **changes}
+    if rope:
+        raw["rope_scaling"] = rope
+    try:
+        config = ModelConfig.from_hf(raw)
+    except UnsupportedModelError:
+        return
+    assert len(config.sliding_window) == config.num_layers
+    assert config.num_heads % config.num_kv_heads == 0
+    for table in cos_sin(config.rope, torch.tensor([0, 5, 1000])):
+        assert table.isfinite().all()
 
 
 def test_our_own_checkpoints_are_read() -> None:

@@ -2,6 +2,7 @@
 
 config     ModelConfig.from_hf, the sole reader of HF keys
 families   what is supported, and why the rest is not
+fields     typed readers of config.json values
 rope       cosines and sines of every RoPE type
 anatomy    names and shapes; which linears read and feed which
 layers     Linear, and how its tensors are found

@@ -7,6 +7,17 @@ from typing import Any
 
 from qoq.errors import UnsupportedModelError
 from qoq.models.families import ALIASES, FAMILIES, NEUTRAL, REFUSED, Family
+from qoq.models.fields import (
+    read_flag,
+    read_integer,
+    read_mapping,
+    read_names,
+    read_number,
+    read_optional_number,
+    read_positive,
+    read_token_id,
+    read_token_ids,
+)
 from qoq.models.rope import ROPE_TYPES, RopeConfig, yarn_attention_scale
 
 _SUPPORTED = "Supported: Llama 1 to 3.2 and Yi, Mistral, Qwen1.5 to 2.5, Qwen3 (dense)"
@@ -67,50 +78,50 @@ class ModelConfig:
         architecture = _architecture(raw)
         family = FAMILIES[architecture]
         _refuse_features(raw)
-        layers = _positive(raw, "num_hidden_layers")
-        hidden, heads = _positive(raw, "hidden_size"), _positive(raw, "num_attention_heads")
+        layers = read_positive(raw, "num_hidden_layers")
+        hidden, heads = read_positive(raw, "hidden_size"), read_positive(raw, "num_attention_heads")
         default_kv = heads if "num_key_value_heads" in raw else family.default_kv_heads or heads
-        kv_heads = _positive(raw, "num_key_value_heads", default_kv)
+        kv_heads = read_positive(raw, "num_key_value_heads", default_kv)
         head_dim = _head_dim(raw, family, hidden, heads)
         if heads % kv_heads:
             raise UnsupportedModelError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
             )
-        max_positions = _positive(raw, "max_position_embeddings", family.default_max_positions)
+        max_positions = read_positive(raw, "max_position_embeddings", family.default_max_positions)
         rope = _rope(raw, head_dim, max_positions)
-        attention_bias = _flag(raw, "attention_bias")
+        attention_bias = read_flag(raw, "attention_bias")
         return cls(
             architecture=architecture,
             model_type=family.model_type,
             hidden_size=hidden,
-            intermediate_size=_positive(raw, "intermediate_size"),
+            intermediate_size=read_positive(raw, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            vocab_size=_positive(raw, "vocab_size"),
+            vocab_size=read_positive(raw, "vocab_size"),
             max_positions=_stretched(max_positions, rope),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rms_norm_eps=read_number(raw, "rms_norm_eps", 1e-6),
             rope=rope,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            tie_word_embeddings=read_flag(raw, "tie_word_embeddings"),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=attention_bias if family.o_bias is None else family.o_bias,
-            mlp_bias=_flag(raw, "mlp_bias") if family.mlp_bias is None else family.mlp_bias,
+            mlp_bias=read_flag(raw, "mlp_bias") if family.mlp_bias is None else family.mlp_bias,
             qk_norm=family.qk_norm,
             sliding_window=_windows(raw, family, layers),
-            bos_token_id=_token_id(raw, "bos_token_id", family.default_bos),
-            eos_token_ids=_token_ids(raw, "eos_token_id", family.default_eos),
+            bos_token_id=read_token_id(raw, "bos_token_id", family.default_bos),
+            eos_token_ids=read_token_ids(raw, "eos_token_id", family.default_eos),
         )
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    listed = raw.get("architectures") or []
+    listed = read_names(raw, "architectures") or []
     if not listed:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
         listed = [by_type.get(str(raw.get("model_type")), f"model_type {raw.get('model_type')!r}")]
-    name = ALIASES.get(str(listed[0]), str(listed[0]))
+    name = ALIASES.get(listed[0], listed[0])
     if len(listed) > 1 or name not in FAMILIES:
-        shown = ", ".join(map(str, listed))
+        shown = ", ".join(listed)
         reason = f": it has {REFUSED[name]}" if name in REFUSED else ""
         raise UnsupportedModelError(
             f"The architecture {shown} is not supported{reason}. {_SUPPORTED}."
@@ -126,8 +137,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 def _refuse_features(raw: Mapping[str, Any]) -> None:
     """Everything that is wrong about the model as a whole, before any number is read."""
     for key in ("quantization_config", "compression_config"):
-        method = (raw.get(key) or {}).get("quant_method", "an unnamed method")
-        if raw.get(key) and method != "qoq":
+        quantization = read_mapping(raw, key)
+        method = quantization.get("quant_method", "an unnamed method")
+        if quantization and method != "qoq":
             raise UnsupportedModelError(
                 f"The model is already quantized ({key}: {method}); start from the original "
                 "full-precision model."
@@ -149,7 +161,7 @@ def _head_dim(raw: Mapping[str, Any], family: Family, hidden: int, heads: int) -
                 "config.json states no head_dim."
             )
         default = hidden // heads
-    head_dim = _positive(raw, "head_dim", default)
+    head_dim = read_positive(raw, "head_dim", default)
     if head_dim % 2 or head_dim < 4:
         raise UnsupportedModelError(f"head_dim {head_dim} is not supported; it must be even, >= 4.")
     return head_dim
@@ -159,16 +171,16 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int |
     """Sliding window per layer, as the family's own class would apply it."""
     if family.window_rule == "none":
         return (None,) * layers
-    layer_types = raw.get("layer_types")
+    layer_types = read_names(raw, "layer_types")
     if layer_types is not None:
-        unknown = sorted({str(t) for t in layer_types} - {"full_attention", "sliding_attention"})
+        unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise UnsupportedModelError(f"Layers of type {', '.join(unknown)} are not supported.")
         if len(layer_types) != layers:
             raise UnsupportedModelError(
                 f"layer_types names {len(layer_types)} layers but num_hidden_layers is {layers}."
             )
-    window: int | None = _positive(raw, "sliding_window", 4096)
+    window: int | None = read_positive(raw, "sliding_window", 4096)
     if raw.get("sliding_window", 4096) is None:  # null means none, unlike an absent key
         window = None
     if family.window_rule == "all":
@@ -179,10 +191,10 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int |
                 "sliding_window to every layer."
             )
         return (window,) * layers
-    if not _flag(raw, "use_sliding_window"):
+    if not read_flag(raw, "use_sliding_window"):
         window = None
     if layer_types is None:
-        first = _integer(raw, "max_window_layers", 28)
+        first = read_integer(raw, "max_window_layers", 28)
         return tuple(window if i >= first else None for i in range(layers))
     if window is None and "sliding_attention" in layer_types:
         raise UnsupportedModelError(
@@ -200,7 +212,7 @@ _ROPE_KEYS |= {"finetuned"}
 
 
 def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope = read_mapping(raw, "rope_scaling") or read_mapping(raw, "rope_parameters")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UnsupportedModelError("rope_parameters per layer type are not supported.")
     names = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None}
@@ -217,11 +229,13 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConf
             f"partial_rotary_factor {rope['partial_rotary_factor']} means "
             f"{NEUTRAL['partial_rotary_factor'][0]}, not supported."
         )
-    theta = _number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0))
+    theta = read_number(rope, "rope_theta", read_number(raw, "rope_theta", 10000.0))
+    if theta <= 1:
+        raise UnsupportedModelError(f"rope_theta must exceed 1, but is {theta}.")
     trained = max_positions
     if kind in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
-        trained = _positive(raw, key, _positive(rope, key, max_positions))
+        trained = read_positive(raw, key, read_positive(rope, key, max_positions))
     elif kind == "dynamic" and rope.get("original_max_position_embeddings", trained) != trained:
         raise UnsupportedModelError(
             "Dynamic RoPE with original_max_position_embeddings other than max_position_embeddings "
@@ -231,14 +245,20 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConf
         return RopeConfig(head_dim, theta, original_max_positions=trained)
     if rope.get("factor") is None and kind != "yarn":
         raise UnsupportedModelError(f"RoPE type {kind} needs a factor.")
-    factor = _number(rope, "factor", max_positions / trained)
-    low, high = _number(rope, "low_freq_factor", 1.0), _number(rope, "high_freq_factor", 4.0)
+    factor = read_number(rope, "factor", max_positions / trained)
+    low, high = (
+        read_number(rope, "low_freq_factor", 1.0),
+        read_number(rope, "high_freq_factor", 4.0),
+    )
     if kind == "llama3" and not low < high:
         raise UnsupportedModelError(f"low_freq_factor {low} must be below high_freq_factor {high}.")
     scale = 1.0
     if kind == "yarn":
-        mscale, all_dim = _optional(rope, "mscale"), _optional(rope, "mscale_all_dim")
-        scale = _number(rope, "attention_factor", yarn_attention_scale(factor, mscale, all_dim))
+        mscale, all_dim = (
+            read_optional_number(rope, "mscale"),
+            read_optional_number(rope, "mscale_all_dim"),
+        )
+        scale = read_number(rope, "attention_factor", yarn_attention_scale(factor, mscale, all_dim))
     return RopeConfig(
         head_dim,
         theta,
@@ -248,8 +268,8 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConf
         scale,
         low,
         high,
-        beta_fast=_optional(rope, "beta_fast") or 32.0,
-        beta_slow=_optional(rope, "beta_slow") or 1.0,
+        beta_fast=read_optional_number(rope, "beta_fast") or 32.0,
+        beta_slow=read_optional_number(rope, "beta_slow") or 1.0,
         truncate=bool(rope.get("truncate", True)),
     )
 
@@ -261,61 +281,3 @@ def _stretched(max_positions: int, rope: RopeConfig) -> int:
     if rope.type not in ("dynamic", "yarn"):
         return max_positions
     return max(max_positions, round(rope.original_max_positions * rope.factor))
-
-
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer >= 0; absent or null gives the default, or an error where there is none."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise UnsupportedModelError(f"config.json lacks {key}.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UnsupportedModelError(f"{key} must be an integer, not {value!r}.")
-    return value
-
-
-def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _integer(raw, key, default)
-    if value == 0:
-        raise UnsupportedModelError(f"{key} must be positive.")
-    return value
-
-
-def _optional(raw: Mapping[str, Any], key: str) -> float | None:
-    value = raw.get(key)
-    if value is None:
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise UnsupportedModelError(f"{key} must be a number >= 0, not {value!r}.")
-    return float(value)
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
-    """A positive finite number."""
-    value = _optional(raw, key)
-    value = default if value is None else value
-    if value == 0:
-        raise UnsupportedModelError(f"{key} must be positive.")
-    return value
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise UnsupportedModelError(f"{key} must be true or false, not {value!r}.")
-    return value
-
-
-def _token_ids(raw: Mapping[str, Any], key: str, default: int | None) -> tuple[int, ...]:
-    """One id or a list of them; null means none, an absent key the class's own default."""
-    value = raw.get(key, default)
-    ids = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_integer({key: i}, key) for i in ids if i is not None)
-
-
-def _token_id(raw: Mapping[str, Any], key: str, default: int | None) -> int | None:
-    ids = _token_ids(raw, key, default)
-    return ids[0] if ids else None
