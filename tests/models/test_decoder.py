@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from helpers.families import VARIANTS, make_family_model, write_family_model
+from helpers.packed import random_packed_tensors
 from qoq.formats.activation import QuantizedActivation
 from qoq.formats.kv import KVPages
 from qoq.formats.scheme import KVFormat, QuantScheme
 from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight
-from qoq.models.anatomy import packed_tensors
+from qoq.kernels.kv_append import apply_rope
 from qoq.models.batch import Batch
 from qoq.models.config import ModelConfig
 from qoq.models.decoder import Decoder, build_decoder
 from qoq.models.load import load_model
+from qoq.models.rope import cos_sin
 
 PAGE = 8
 
@@ -129,59 +131,50 @@ def test_tied_head_shares_the_embedding() -> None:
     assert decoder.lm_head.weight.data_ptr() == decoder.embed.data_ptr()
 
 
-def test_taps() -> None:
+def test_steps_of_a_layer_are_those_of_transformers() -> None:
     model = make_family_model("qwen3-windows-biased")
     decoder = decoder_of(model)
     ids = random_ids(10, 211)
-    seen: list[tuple[int, str]] = []
-    values: dict[tuple[int, str], Any] = {}
-
-    def observe(layer: int, tap: str, value: Any) -> None:
-        seen.append((layer, tap))
-        values[layer, tap] = value
-
-    batch = Batch.prefill([ids], PAGE)
-    decoder.hidden(batch, pages_for(decoder, 2), observe=observe)
-    order = ["qkv_proj", "q_rope", "k_rope", "v", "o_proj", "gate_up_proj", "down_proj"]
-    assert seen == [(layer, tap) for layer in range(3) for tap in order]
-    inputs: dict[str, Tensor] = {}
     layer = model.model.layers[1]
     watched = {
-        "qkv_proj": layer.self_attn.q_proj,
-        "o_proj": layer.self_attn.o_proj,
-        "gate_up_proj": layer.mlp.up_proj,
-        "down_proj": layer.mlp.down_proj,
+        "qkv": layer.self_attn.q_proj,
+        "o": layer.self_attn.o_proj,
+        "gate_up": layer.mlp.up_proj,
+        "down": layer.mlp.down_proj,
     }
-    for tap, module in watched.items():
-        module.register_forward_pre_hook(lambda _, args, tap=tap: inputs.update({tap: args[0][0]}))
+    wanted: dict[str, Tensor] = {}
+    for name, module in watched.items():
+        module.register_forward_pre_hook(lambda _, x, name=name: wanted.update({name: x[0][0]}))
     with torch.no_grad():
         past = model(torch.tensor([ids]), use_cache=True).past_key_values
-    for tap in watched:
-        torch.testing.assert_close(values[1, tap], inputs[tap], rtol=1e-4, atol=1e-4)
-    keys = past.layers[1].keys[0].transpose(0, 1)  # sliding layer: only its window is kept
+    batch = Batch.prefill([ids], PAGE)
+    cos, sin = cos_sin(decoder.config.rope, batch.positions)
+    first, second = decoder.layers[:2]
+    kv = pages_for(decoder, 2)
+    x, residual = first(decoder.embed[batch.input_ids], None, cos, sin, batch, kv[0])
+    seen: list[Tensor] = []
+    got: dict[str, Any] = {}
+    got["qkv"], after = second.attention_input(x, residual)
+    got["o"] = second.attend(
+        got["qkv"], cos, sin, batch, kv[1], observe=lambda *qkv: seen.extend(qkv)
+    )
+    got["gate_up"], after = second.mlp_input(second.o(got["o"]), after)
+    got["down"] = second.mlp_hidden(got["gate_up"])
+    for name in watched:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-4)
+    # The steps are the layer.
+    out, stream = second(x, residual, cos, sin, batch, pages_for(decoder, 2)[1])
+    assert torch.equal(out, second.down(got["down"]))
+    assert torch.equal(stream, after)
+    # What is observed becomes transformers' cache by RoPE alone; a sliding layer keeps its window.
+    assert [tuple(t.shape) for t in seen] == [(10, 6, 32), (10, 2, 32), (10, 2, 32)]
+    keys, values = (
+        cache[0].transpose(0, 1) for cache in (past.layers[1].keys, past.layers[1].values)
+    )
     kept = keys.shape[0]
-    torch.testing.assert_close(values[1, "k_rope"][-kept:], keys, rtol=1e-4, atol=1e-4)
-    assert values[1, "q_rope"].shape == (10, 6, 32)
-    assert values[1, "v"].shape == (10, 2, 32)
-
-
-def packed_random(config: ModelConfig, scheme: QuantScheme) -> dict[str, Tensor]:
-    """Random tensors for every name a packed checkpoint of this scheme holds, k_center included."""
-    tensors: dict[str, Tensor] = {}
-    for name, (shape, dtype) in packed_tensors(config, scheme, True).items():
-        if name.endswith("codes"):
-            low = -127 if dtype == torch.int8 else 0
-            tensors[name] = torch.randint(low, 127, shape).to(dtype or torch.uint8)
-        elif name.endswith("group_scale"):
-            tensors[name] = torch.randint(1, 9, shape).to(torch.uint8)
-        elif name.endswith("group_offset"):
-            tensors[name] = torch.randint(-119, -30, shape).to(torch.int8)
-        elif name.endswith("channel_scale") or (name.endswith("scale") and dtype is not None):
-            tensors[name] = torch.rand(shape) * 0.004 + 0.001
-        else:
-            spread = 0.02 if name.endswith("offset") else 0.5
-            tensors[name] = torch.randn(shape) * spread + (1.0 if "norm" in name else 0.0)
-    return tensors
+    roped = apply_rope(seen[1], cos, sin)[-kept:]
+    torch.testing.assert_close(roped, keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[2][-kept:], values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme_name", ["w4a8kv4-g32", "w4a8kv4", "w8a8kv8", "w4a16k8v4-g32"])
@@ -190,7 +183,7 @@ def test_packed_decoder_equals_its_dequantized_self(name: str, scheme_name: str)
     model = make_family_model(name)
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config, scheme = ModelConfig.from_hf(raw), QuantScheme.parse(scheme_name)
-    tensors = packed_random(config, scheme)
+    tensors = random_packed_tensors(config, scheme)
     asked: set[str] = set()
 
     def get(tensor: str) -> Tensor:
@@ -234,17 +227,20 @@ def test_int8_activations_enter_every_linear() -> None:
     model = make_family_model("llama-mha")
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config, scheme = ModelConfig.from_hf(raw), QuantScheme.parse("w4a8kv4-g32")
-    tensors = packed_random(config, scheme)
+    tensors = random_packed_tensors(config, scheme)
     decoder = build_decoder(config, scheme, tensors.__getitem__)
     assert decoder.layers[0].k_center is None  # its name was not announced
     assert decoder.lm_head.act_bits == 8
-    taken: dict[str, type] = {}
     batch = Batch.prefill([random_ids(3, 211)], PAGE)
-    kv = pages_for(decoder, 1, "w4a8kv4")
-    decoder.hidden(batch, kv, observe=lambda _, tap, value: taken.update({tap: type(value)}))
-    for tap in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-        assert taken[tap] is QuantizedActivation
-    assert taken["k_rope"] is Tensor
+    cos, sin = cos_sin(config.rope, batch.positions)
+    layer, pages = decoder.layers[0], pages_for(decoder, 1, "w4a8kv4")[0]
+    into_qkv, residual = layer.attention_input(decoder.embed[batch.input_ids], None)
+    into_o = layer.attend(into_qkv, cos, sin, batch, pages)
+    into_gate_up, residual = layer.mlp_input(layer.o(into_o), residual)
+    into_down = layer.mlp_hidden(into_gate_up)
+    for entering in (into_qkv, into_o, into_gate_up, into_down):
+        assert isinstance(entering, QuantizedActivation)
+    assert residual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kv", ["w16a16", "w16a16kv8"])

@@ -15,15 +15,15 @@ from qoq.formats.kv import KVPages
 from qoq.formats.scheme import QuantScheme
 from qoq.kernels.act_quant import Activation, act_quant, rms_norm, rms_norm_quant, silu_mul_quant
 from qoq.kernels.attention import attention
-from qoq.kernels.kv_append import apply_rope, kv_append
+from qoq.kernels.kv_append import kv_append
 from qoq.models.anatomy import EMBED, FINAL_NORM, INPUTS, LM_HEAD, layer_prefix
 from qoq.models.batch import Batch
 from qoq.models.config import ModelConfig
 from qoq.models.layers import Get, Linear, load_linear
 from qoq.models.rope import cos_sin
 
-Observe = Callable[[str, Activation], None]
-"""Called with (tap, value): see ``DecoderLayer.__call__``."""
+Observe = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with q [T, Hq, D], k and v [T, Hkv, D], after q/k norms and before RoPE."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,39 @@ class DecoderLayer:
         pages: KVPages,
         *,
         backend: str = "auto",
-        observe: Observe | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [T, H] = the previous block's output, not yet added to residual [T, H] (None before the
         first layer); cos, sin [T, D/2]. Returns the same pair, fp32, after this block.
-
-        Taps, in order: "qkv_proj" (what enters it), "q_rope" [T, Hq, D] and "k_rope" [T, Hkv, D]
-        (after q/k norm and RoPE, before centering and rotation), "v" [T, Hkv, D], "o_proj",
-        "gate_up_proj", "down_proj" (what enters each).
         """
-        config = self.config
-        eps = config.rms_norm_eps
-        entering, residual = rms_norm_quant(
-            x, self.input_norm, eps, self.qkv.act_bits, residual, backend=backend
-        )
-        if observe:
-            observe("qkv_proj", entering)
+        entering, residual = self.attention_input(x, residual, backend=backend)
+        entering = self.attend(entering, cos, sin, batch, pages, backend=backend)
+        x = self.o(entering, backend=backend)
+        entering, residual = self.mlp_input(x, residual, backend=backend)
+        entering = self.mlp_hidden(entering, backend=backend)
+        return self.down(entering, backend=backend), residual
+
+    def attention_input(
+        self, x: Tensor, residual: Tensor | None, *, backend: str = "auto"
+    ) -> tuple[Activation, Tensor]:
+        """What enters qkv [T, H], and the residual stream x has been added to."""
+        eps, bits = self.config.rms_norm_eps, self.qkv.act_bits
+        return rms_norm_quant(x, self.input_norm, eps, bits, residual, backend=backend)
+
+    def attend(
+        self,
+        entering: Activation,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        pages: KVPages,
+        *,
+        backend: str = "auto",
+        observe: Observe | None = None,
+    ) -> Activation:
+        """What enters o_proj [T, Hq*D]; writes the tokens' keys and values into pages."""
         q, k, v = self._split_heads(self.qkv(entering, backend=backend))
         if observe:
-            observe("q_rope", apply_rope(q, cos, sin))
-            observe("k_rope", apply_rope(k, cos, sin))
-            observe("v", v)
+            observe(q, k, v)
         q = kv_append(
             q,
             k,
@@ -97,24 +109,23 @@ class DecoderLayer:
             batch.page_table,
             batch.kv_lens,
             batch.cu_seqlens_q,
-            config.sm_scale,
-            config.sliding_window[self.index],
+            self.config.sm_scale,
+            self.config.sliding_window[self.index],
             backend=backend,
         )
-        entering = act_quant(mixed.flatten(1), self.o.act_bits, backend=backend)
-        if observe:
-            observe("o_proj", entering)
-        x = self.o(entering, backend=backend)
-        entering, residual = rms_norm_quant(
-            x, self.post_norm, eps, self.gate_up.act_bits, residual, backend=backend
-        )
-        if observe:
-            observe("gate_up_proj", entering)
+        return act_quant(mixed.flatten(1), self.o.act_bits, backend=backend)
+
+    def mlp_input(
+        self, x: Tensor, residual: Tensor, *, backend: str = "auto"
+    ) -> tuple[Activation, Tensor]:
+        """What enters gate_up [T, H], and the residual stream x has been added to."""
+        eps, bits = self.config.rms_norm_eps, self.gate_up.act_bits
+        return rms_norm_quant(x, self.post_norm, eps, bits, residual, backend=backend)
+
+    def mlp_hidden(self, entering: Activation, *, backend: str = "auto") -> Activation:
+        """What enters down_proj [T, I]."""
         gate_up = self.gate_up(entering, backend=backend)
-        entering = silu_mul_quant(gate_up, self.down.act_bits, backend=backend)
-        if observe:
-            observe("down_proj", entering)
-        return self.down(entering, backend=backend), residual
+        return silu_mul_quant(gate_up, self.down.act_bits, backend=backend)
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (Hq + 2 Hkv) D] -> q [T, Hq, D] and k, v [T, Hkv, D], with q/k norms applied."""
@@ -146,21 +157,17 @@ class Decoder:
         kv: Sequence[KVPages],
         *,
         backend: str = "auto",
-        observe: Callable[[int, str, Activation], None] | None = None,
     ) -> Tensor:
         """Residual stream fp32 [T, H] after the last layer, before the final norm.
 
-        ``kv`` holds one KVPages per layer, written in place. ``observe`` gets (layer, tap, value).
+        ``kv`` holds one KVPages per layer, written in place.
         """
         with torch.no_grad():
             x = self.embed[batch.input_ids].to(torch.float32)
             cos, sin = cos_sin(self.config.rope, batch.positions)
             residual: Tensor | None = None
             for layer, pages in zip(self.layers, kv, strict=True):
-                tap = _bind(observe, layer.index) if observe else None
-                x, residual = layer(
-                    x, residual, cos, sin, batch, pages, backend=backend, observe=tap
-                )
+                x, residual = layer(x, residual, cos, sin, batch, pages, backend=backend)
             return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor, *, backend: str = "auto") -> Tensor:
@@ -181,10 +188,6 @@ class Decoder:
         """Logits fp32 [M, V] of the given rows (int64 [M]; None: all T); writes the cache."""
         hidden = self.hidden(batch, kv, backend=backend)
         return self.logits(hidden if rows is None else hidden[rows], backend=backend)
-
-
-def _bind(observe: Callable[[int, str, Activation], None], layer: int) -> Observe:
-    return lambda tap, value: observe(layer, tap, value)
 
 
 def build_layer(
