@@ -4,15 +4,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.packed import random_packed_tensors
 from helpers.tiny import write_tiny_llama
 from qoq import LLM, SamplingParams
+from qoq.checkpoint.manifest import make_manifest
+from qoq.checkpoint.writer import CheckpointWriter, companion_files
 from qoq.engine.engine import Engine
 from qoq.errors import RequestError, ResourceError, SourceError
+from qoq.formats.scheme import QuantScheme
+from qoq.models.config import ModelConfig
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "books-llama"
 PROMPTS = ["hello world", "t", "the hell, the well; 你好 " * 2, "w" * 70]
@@ -24,6 +30,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     reference = write_tiny_llama(folder, seed=11)
     return LLM(folder), reference
+
+
+@pytest.fixture(scope="module", params=["w4a8kv4-g32", "w4a8k8v4", "w8a8"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed checkpoint of random codes, with the tiny model's shape and tokenizer."""
+    base = tmp_path_factory.mktemp("packed")
+    write_tiny_llama(base / "source")
+    raw = json.loads((base / "source" / "config.json").read_text())
+    scheme = QuantScheme.parse(request.param)
+    writer = CheckpointWriter(base / "out")
+    tensors = random_packed_tensors(ModelConfig.from_hf(raw), scheme)
+    writer.write_shard("model.safetensors", tensors)
+    return writer.finish(raw, make_manifest(scheme), companion_files(base / "source"))
 
 
 def reference_greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -78,7 +97,8 @@ def test_one_prompt_or_many_text_or_ids(tiny: tuple[LLM, Any]) -> None:
     [single] = llm.generate("hello", params)
     assert llm.generate(["hello"], params) == [single]
     assert llm.generate(ids, params) == [single]
-    assert llm.generate([ids, "hello"], params) == [single, single]
+    pair = llm.generate([ids, "hello"], params)
+    assert [o.token_ids for o in pair] == [single.token_ids] * 2
     assert llm.generate([], params) == []
     mixed = llm.generate(["hello", ids], [params, SamplingParams(max_tokens=2)])
     assert [len(o.token_ids) for o in mixed] == [len(single.token_ids), 2]
@@ -117,7 +137,8 @@ def test_chat_uses_the_template(tiny: tuple[LLM, Any]) -> None:
     conversation = [{"role": "user", "content": "hello"}]
     [answer] = llm.chat(conversation, params)
     assert answer.prompt_token_ids == llm.tokenizer.encode_chat(conversation)
-    assert llm.chat([conversation, conversation], params) == [answer, answer]
+    several = llm.chat([conversation, conversation], params)
+    assert [o.text for o in several] == [answer.text] * 2
     assert llm.chat([], params) == []
 
 
@@ -155,15 +176,47 @@ def test_small_cache_makes_requests_wait_and_changes_nothing(tiny: tuple[LLM, An
         LLM(llm.path, kv_tokens=1).generate("w" * 70)
 
 
+def test_packed_model_answers_the_same_in_every_batch(packed: Path) -> None:
+    """Integers are exact, so not even a log-probability moves."""
+    asked = [
+        (prompt, SamplingParams(max_tokens=9 + 5 * i, temperature=0.9 * (i % 2), seed=i))
+        for i, prompt in enumerate([*PROMPTS, "hello", "a"])
+    ]
+    prompts, params = zip(*asked, strict=True)
+    llm = LLM(packed)
+    alone = [llm.generate(p, q)[0] for p, q in asked]
+    assert len({tuple(o.token_ids) for o in alone}) == len(alone)
+    assert llm.generate(prompts, params) == alone
+    assert llm.generate(prompts[::-1], params[::-1]) == alone[::-1]
+    assert LLM(packed, kv_tokens=150, max_requests=3).generate(prompts, params) == alone
+
+
+def test_packed_model_reads_its_prompt_as_it_generates(packed: Path) -> None:
+    """The cache holds the same after prefill as after decode: greedy text can be cut anywhere."""
+    llm = LLM(packed)
+    whole = llm.generate("hello well", SamplingParams(max_tokens=20, ignore_eos=True))[0]
+    for cut in (1, 7, 19):
+        prompt = whole.prompt_token_ids + whole.token_ids[:cut]
+        rest = llm.generate(prompt, SamplingParams(max_tokens=20 - cut, ignore_eos=True))[0]
+        assert rest.token_ids == whole.token_ids[cut:]
+
+
 def test_cache_that_memory_cannot_hold(
     tiny: tuple[LLM, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full:
-        available = 1000
+    page = 2 * 2 * 64 * (64 + 64) * 4  # layers, KV heads, tokens, K and V channels, bytes
 
-    monkeypatch.setattr("qoq.llm.psutil.virtual_memory", Full)
-    with pytest.raises(ResourceError, match="GiB of KV cache"):
-        tiny[0].generate("hello")
+    def generate(available: float) -> None:
+        monkeypatch.setattr(
+            "qoq.llm.psutil.virtual_memory", lambda: SimpleNamespace(available=available)
+        )
+        tiny[0].generate("w" * 100, SamplingParams(max_tokens=5))
+
+    generate(2 * page / 0.8 + 10)
+    with pytest.raises(ResourceError, match=r"needs 128 tokens of KV cache.* holds 64"):
+        generate(2 * page / 0.8 - 10)
+    with pytest.raises(ResourceError, match="KV"):
+        generate(10)
 
 
 @pytest.mark.parametrize("options", [{"kv_tokens": 0}, {"max_requests": 0}])

@@ -1,5 +1,6 @@
 """Tokenizer, Detokenizer and StopMatcher: round trips, code points, stop strings, bad folders."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -135,10 +136,8 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "m" / "evil.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
     )
-    try:
+    with contextlib.suppress(SourceError):
         Tokenizer.load(tmp_path / "m")
-    except SourceError:
-        pass
     assert not (tmp_path / "ran").exists()
 
 

@@ -11,8 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams
 from qoq.errors import RequestError, ResourceError
-from qoq.formats.kv import page_bytes
-from qoq.kvcache.pool import KVPool
+from qoq.kvcache.pool import KVPool, pages_for_budget, pages_for_tokens
 from qoq.models.load import load_model
 from qoq.tokenizer import Tokenizer
 
@@ -136,16 +135,16 @@ class LLM:
     def _pool(self, wanted: int, least: int) -> KVPool:
         """A cache of ``wanted`` pages, or of what memory allows, but of ``least`` pages."""
         config, kv = self.config, self.scheme.kv
-        page = page_bytes(kv, config.num_kv_heads, PAGE_SIZE, config.head_dim) * config.num_layers
+        shape = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         free = int(psutil.virtual_memory().available * MEMORY_SHARE)
-        pages = min(wanted, free // page)
-        if self._kv_tokens is not None:
-            pages = min(pages, -(-self._kv_tokens // PAGE_SIZE))
-        if pages < least and self._kv_tokens is None:
+        pages = min(wanted, pages_for_budget(free, kv, *shape))
+        if pages < least:
             raise ResourceError(
-                f"The longest request needs {least * page / 2**30:.2f} GiB of KV cache; "
-                f"{free / 2**30:.2f} GiB may be used. Lower max_tokens or free some memory."
+                f"The longest request needs {least * PAGE_SIZE} tokens of KV cache; the free "
+                f"memory holds {pages * PAGE_SIZE}. Lower max_tokens or free some memory."
             )
+        if self._kv_tokens is not None:
+            pages = min(pages, pages_for_tokens(self._kv_tokens, PAGE_SIZE))
         return KVPool(
             kv,
             num_layers=config.num_layers,

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qoq.kvcache.pool import KVPool
 
 from qoq.engine.engine import PREFILL_CHUNK, Engine, check_length, pages_needed
 from qoq.engine.request import Request, SamplingParams
 from qoq.errors import RequestError
 from qoq.formats.scheme import KVFormat
+from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch
 
 VOCAB = 61

@@ -16,7 +16,7 @@ from qoq.engine.request import Request, SamplingParams, Update
 from qoq.errors import RequestError
 from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.allocator import PageAllocator
-from qoq.kvcache.pool import KVPool
+from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.batch import Batch
 from qoq.models.decoder import Decoder
 from qoq.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ class Engine:
         """
         self._decoder = decoder
         self._pool = pool
+        self._device = pool.layers[0].k_codes.device
         self._allocator = PageAllocator(pool.num_pages)
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
@@ -142,7 +143,7 @@ class Engine:
             [request.num_cached for request, _ in chunks],
             [request.pages for request, _ in chunks],
             self._pool.page_size,
-            self._pool.device,
+            self._device,
         )
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[Update]:
@@ -163,7 +164,7 @@ class Engine:
             seeds=column([r.seed for r in requests], torch.int64),
             step=column([r.num_new for r in requests], torch.int64),
         )
-        tokens = sample(logits, wanted, backend=self._backend)
+        tokens = sample(logits, wanted)
         chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
         return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]
 
@@ -194,4 +195,4 @@ def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int
 
 def pages_needed(length: int, page_size: int) -> int:
     """KV pages of a request that ends with ``length`` tokens (its last token is never cached)."""
-    return -(-max(length - 1, 1) // page_size)
+    return pages_for_tokens(max(length - 1, 1), page_size)
