@@ -1,6 +1,7 @@
 """Loading a source: complete and exactly what the config implies, or refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.families import write_family_model
-from qoq.errors import QoqError, SourceError, UnsupportedModelError
+from helpers.families import make_family_model, write_family_model
+from helpers.packed import random_packed_tensors
+from qoq.checkpoint.manifest import make_manifest
+from qoq.checkpoint.writer import CheckpointWriter
+from qoq.errors import CheckpointTensorError, QoqError, SourceError, UnsupportedModelError
+from qoq.formats.kv import KVPages
+from qoq.formats.scheme import KVFormat, QuantScheme
+from qoq.models.batch import Batch
+from qoq.models.config import ModelConfig
+from qoq.models.decoder import build_decoder
 from qoq.models.load import is_packed, load_model
 
 
@@ -131,3 +140,57 @@ def test_is_packed(tmp_path: Path) -> None:
     assert is_packed(tmp_path)
     with pytest.raises(QoqError):  # a full-precision folder that claims to be packed
         load_model(tmp_path)
+
+
+def write_packed(folder: Path, scheme: QuantScheme, *, drop: str = "", **manifest: Any) -> Any:
+    """A packed Qwen2 (tied source) of random numbers: its config and tensors."""
+    model = make_family_model("qwen2-windows-tied")
+    raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config = ModelConfig.from_hf(raw)
+    tensors = random_packed_tensors(config, scheme)
+    tensors.pop(drop, None)
+    writer = CheckpointWriter(folder)
+    writer.write_shard("all.safetensors", tensors)
+    writer.finish(raw, make_manifest(scheme, **manifest))
+    return config, tensors
+
+
+@pytest.mark.parametrize("scheme_name", ["w4a8kv4-g32", "w4a8kv4", "w8a8"])
+@pytest.mark.parametrize("k_rotation", [None, "hadamard"])
+def test_packed(tmp_path: Path, scheme_name: str, k_rotation: str | None) -> None:
+    scheme = QuantScheme.parse(scheme_name)
+    config, tensors = write_packed(tmp_path / "out", scheme, k_rotation=k_rotation)
+    loaded = load_model(tmp_path / "out")
+    assert loaded.scheme == scheme
+    assert loaded.config == replace(config, tie_word_embeddings=False)
+    direct = build_decoder(
+        config, scheme, tensors.__getitem__, k_rotation is not None, names=tensors
+    )
+    batch = Batch.prefill([torch.randint(0, 211, (13,))], 8)
+    logits = []
+    for decoder in (loaded.decoder, direct):
+        kv = [KVPages.empty(scheme.kv, 2, config.num_kv_heads, 8, config.head_dim)] * 3
+        logits.append(decoder(batch, kv))
+    assert torch.equal(logits[0], logits[1])
+    assert (loaded.decoder.layers[0].k_rotation is None) == (k_rotation is None)
+    assert loaded.decoder.layers[1].k_center is not None
+
+
+def test_packed_with_another_cache(tmp_path: Path) -> None:
+    write_packed(tmp_path / "out", QuantScheme.parse("w4a8kv4-g32"))
+    assert load_model(tmp_path / "out", kv=KVFormat(8, 8)).scheme.name == "w4a8kv8-g32"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.group_scale",
+        "model.layers.2.self_attn.k_center",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.norm.weight",
+    ],
+)
+def test_packed_lacking_a_tensor(tmp_path: Path, name: str) -> None:
+    write_packed(tmp_path / "out", QuantScheme.parse("w4a8kv4-g32"), drop=name)
+    with pytest.raises(CheckpointTensorError, match=name.rpartition(".")[0].replace(".", r"\.")):
+        load_model(tmp_path / "out")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from qoq.checkpoint.hf import CONFIG_NAME, HFSource, read_json_object, resolve_source
+from qoq.checkpoint.packed import PackedCheckpoint
 from qoq.errors import SourceError, UnsupportedModelError
 from qoq.formats.scheme import FLOAT_SCHEME, KVFormat, QuantScheme
 from qoq.models.anatomy import EMBED, LM_HEAD, layer_prefix, packed_tensors, source_tensors
@@ -89,8 +90,6 @@ def check_source(config: ModelConfig, source: HFSource) -> None:
 
 
 def _load_packed(folder: Path, kv: KVFormat | None) -> LoadedModel:
-    from qoq.checkpoint.packed import PackedCheckpoint
-
     checkpoint = PackedCheckpoint.open(folder)
     # Our checkpoints always store the head, whatever the source did.
     config = replace(ModelConfig.from_hf(checkpoint.raw_config), tie_word_embeddings=False)
@@ -100,4 +99,5 @@ def _load_packed(folder: Path, kv: KVFormat | None) -> LoadedModel:
     scheme = checkpoint.scheme if kv is None else checkpoint.scheme.with_kv(kv)
     k_rotation = checkpoint.manifest.get("k_rotation") == "hadamard"
     decoder = build_decoder(config, scheme, checkpoint.get, k_rotation, names=names)
+    checkpoint.close()
     return LoadedModel(config, scheme, decoder, folder)
