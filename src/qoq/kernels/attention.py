@@ -11,7 +11,7 @@ from qoq.formats.kv import KVPages, QuantizedHeads, dequantize_heads
 from qoq.kernels.dispatch import resolve
 
 # Scores alive at a time (fp32 elements, all heads) and the most query rows of a block.
-_SCORES, _ROWS = 1 << 22, 128
+_SCORES, _ROWS = 1 << 22, 64
 
 
 def attention(
