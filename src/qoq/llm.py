@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qoq.engine.engine import Engine, check_length, pages_needed
-from qoq.engine.request import Output, Request, SamplingParams
+from qoq.engine.request import Output, Request, SamplingParams, Update
 from qoq.errors import RequestError, ResourceError
 from qoq.kvcache.pool import KVPool, pages_for_budget, pages_for_tokens
 from qoq.models.load import load_model
@@ -77,10 +77,10 @@ class LLM:
         engine, requests = self._start(ids, _one_each(params, len(ids)))
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
-            task = bar.add_task("generating", total=len(requests))
+            left = sum(request.max_length - len(request.ids) for request in requests)
+            task = bar.add_task("generating", total=left)
             while engine.unfinished:
-                updates = engine.step()
-                bar.advance(task, sum(u.request.finish_reason is not None for u in updates))
+                bar.advance(task, sum(map(_gained, engine.step())))
         return [request.output() for request in requests]
 
     def chat(
@@ -160,6 +160,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _gained(update: Update) -> int:
+    """Steps of progress: one token, or all that an early end makes needless."""
+    request = update.request
+    return 1 if request.finish_reason is None else 1 + request.max_length - len(request.ids)
 
 
 def _one_each(
