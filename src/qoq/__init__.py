@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qoq.engine.request import SamplingParams
     from qoq.formats.scheme import QuantScheme
     from qoq.llm import LLM
-    from qoq.quantize import quantize
+    from qoq.quantize.pipeline import quantize
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "QuantScheme", "SamplingParams", "__version__", "quantize"]
@@ -22,7 +22,7 @@ _HOMES = {
     "LLM": "qoq.llm",
     "QuantScheme": "qoq.formats.scheme",
     "SamplingParams": "qoq.engine.request",
-    "quantize": "qoq.quantize",
+    "quantize": "qoq.quantize.pipeline",
 }
 
 

@@ -68,8 +68,8 @@ def has_hadamard(n: int) -> bool:
     return n > 0 and _split(n) is not None
 
 
-def rotate_last(x: Tensor) -> Tensor:
-    """``x @ H`` for x [..., n], H the orthogonal Hadamard matrix of size n; in x's dtype.
+def rotate_last(x: Tensor, *, inverse: bool = False) -> Tensor:
+    """``x @ H`` (``x @ H.T`` if inverse) for x [..., n], H the Hadamard matrix of size n; x's dtype.
 
     Takes n log n instead of n * n steps: butterflies for the power of two, one small product for
     the base. Raises UnsupportedModelError for sizes without a construction (n odd, ...).
@@ -85,7 +85,7 @@ def rotate_last(x: Tensor) -> Tensor:
     if base > 1:
         paley = _paley(base)
         assert paley is not None
-        y = y @ paley.to(y)
+        y = y @ (paley.T if inverse else paley).to(y)
     half = 1
     while half < power:
         pairs = y.reshape(-1, power // (2 * half), 2, half, base)

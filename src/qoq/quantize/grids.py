@@ -1,0 +1,211 @@
+"""Which values a weight may take: scales and offsets per format, with an optional range search.
+
+A grid is fixed before rounding (static groups). The search shrinks either end of a row's or
+group's range and keeps what costs least, errors weighted by the inputs' second moment (weight
+clipping by output error, QServe section 4.3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qoq.formats.packing import pack_nibbles
+from qoq.formats.progressive import (
+    channel_scales,
+    group_codes,
+    group_qparams,
+    group_values,
+    max_codes,
+)
+from qoq.formats.scheme import WeightFormat
+from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight, PackedWeight
+
+# Fractions cut off either end of a range; the first must be 0 (no clipping).
+GROUP_SHRINKS = tuple(0.05 * i for i in range(7))
+CHANNEL_SHRINKS = tuple(0.025 * i for i in range(21))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of a weight [N, K]: element (n, k) may be ``code*scale + offset``, code low..high.
+
+    scale, offset, high: fp32 [N, S] with S columns shared by the input channels: channel k uses
+    column ``share[k]`` (int64 [K]). S = 1 for per-channel formats, K/G for groups. The grid is
+    static: it belongs to a channel, whatever order channels are rounded in.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    high: Tensor
+    share: Tensor
+    low: float = 0.0
+
+    def channels(self, order: Tensor) -> "Grid":
+        """The grid of ``weight[:, order]``."""
+        return Grid(self.scale, self.offset, self.high, self.share[order], self.low)
+
+    def column(self, k: int) -> "Grid":
+        """The grid of ``weight[:, k:k+1]``."""
+        s = int(self.share[k])
+        zero = self.share.new_zeros(1)
+        cut = slice(s, s + 1)
+        return Grid(self.scale[:, cut], self.offset[:, cut], self.high[:, cut], zero, self.low)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes, fp32 [N, K]."""
+        codes = ((weight - self._spread(self.offset)) / self._spread(self.scale)).round_()
+        return torch.minimum(codes, self._spread(self.high)).clamp_(min=self.low)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """fp32 [N, K] of codes fp32 [N, K]."""
+        return codes * self._spread(self.scale) + self._spread(self.offset)
+
+    def _spread(self, t: Tensor) -> Tensor:
+        return t if t.shape[1] == 1 else t[:, self.share]
+
+
+@dataclass(frozen=True)
+class GroupGrid(Grid):
+    """Progressive groups: scale and offset are integers times channel_scale fp32 [N]."""
+
+    channel_scale: Tensor = None  # type: ignore[assignment]
+    group_scale: Tensor = None  # type: ignore[assignment]
+    group_offset: Tensor = None  # type: ignore[assignment]
+
+
+def make_grid(
+    weight: Tensor, fmt: WeightFormat, importance: Tensor | None, search: bool = False
+) -> Grid:
+    """The grid of weight fp32 [N, K] in a 4- or 8-bit format.
+
+    importance [K] (diagonal of the inputs' second moment; None: all equal) weighs the errors of
+    the choice between candidates: floor or ceil group scales always, shrunk ranges if ``search``.
+    """
+    if importance is None:
+        importance = weight.new_ones(weight.shape[1])
+    if fmt.bits == 8:
+        return _int8_grid(weight)
+    if fmt.group_size:
+        return _group_grid(weight, fmt.group_size, importance, search)
+    return _channel_grid(weight, importance, search)
+
+
+def pack(codes: Tensor, grid: Grid, fmt: WeightFormat) -> PackedWeight:
+    """Codes fp32 [N, K] of a grid made for ``fmt`` -> what a checkpoint stores."""
+    if fmt.bits == 8:
+        return Int8Weight(codes.to(torch.int8), grid.scale[:, 0].contiguous())
+    packed = pack_nibbles(codes.to(torch.uint8))
+    if isinstance(grid, GroupGrid):
+        return GroupWeight(packed, grid.channel_scale, grid.group_scale, grid.group_offset)
+    return ChannelWeight(packed, grid.scale[:, 0].contiguous(), grid.offset[:, 0].contiguous())
+
+
+def refit(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
+    """Least-squares float parameters for codes already chosen: the same integers, less error.
+
+    Groups and int8 refit one factor per channel; per-channel 4-bit refits scale and offset. A row
+    whose system is singular or whose scale would not stay positive is left as it is.
+    """
+    target = weight @ hessian
+    if isinstance(grid, GroupGrid) or grid.low < 0:
+        values = grid.values(codes)
+        factor = (target * values).sum(1) / ((values @ hessian) * values).sum(1)
+        factor = torch.where(torch.isfinite(factor) & (factor > 0.5), factor, 1.0).clamp(max=2.0)
+        by = factor[:, None]
+        if isinstance(grid, GroupGrid):
+            return GroupGrid(
+                grid.scale * by,
+                grid.offset * by,
+                grid.high,
+                grid.share,
+                grid.low,
+                grid.channel_scale * factor,
+                grid.group_scale,
+                grid.group_offset,
+            )
+        return Grid(grid.scale * by, grid.offset * by, grid.high, grid.share, grid.low)
+    # Normal equations of scale*c + offset*1 in the metric H, in fp64: they are near singular.
+    moved, ones = (codes @ hessian).double(), hessian.sum(0).double()
+    cc, c1, one = (moved * codes).sum(1), moved.sum(1), ones.sum()
+    bc, b1 = (target * codes).sum(1).double(), target.sum(1).double()
+    det = cc * one - c1 * c1
+    scale, offset = (bc * one - b1 * c1) / det, (cc * b1 - c1 * bc) / det
+    old = grid.scale[:, 0]
+    good = (det > 1e-9 * cc * one) & torch.isfinite(scale + offset)
+    good &= (scale > 0.5 * old) & (scale < 2 * old)
+    scale = torch.where(good, scale.float(), old)[:, None]
+    offset = torch.where(good, offset.float(), grid.offset[:, 0])[:, None]
+    return Grid(scale, offset, grid.high, grid.share, grid.low)
+
+
+def _share(weight: Tensor, size: int | None) -> Tensor:
+    index = torch.arange(weight.shape[1], device=weight.device)
+    return torch.zeros_like(index) if size is None else index // size
+
+
+def _int8_grid(weight: Tensor) -> Grid:
+    absmax = weight.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.zeros_like(scale)
+    return Grid(scale, zero, torch.full_like(scale, 127), _share(weight, None), low=-127.0)
+
+
+def _channel_grid(weight: Tensor, importance: Tensor, search: bool) -> Grid:
+    low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
+    share, top = _share(weight, None), torch.full_like(low, 15)
+    best = least = None
+    for shrink in CHANNEL_SHRINKS if search else (0.0,):
+        offset = low * (1 - shrink)
+        scale = (high * (1 - shrink) - offset) / 15
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        grid = Grid(scale, offset, top, share)
+        error = ((grid.values(grid.codes(weight)) - weight).square() @ importance)[:, None]
+        if best is None or least is None:
+            best, least = grid, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Grid(
+            torch.where(better, scale, best.scale),
+            torch.where(better, offset, best.offset),
+            top,
+            share,
+        )
+    assert best is not None  # the first shrink always runs
+    return best
+
+
+def _group_grid(weight: Tensor, size: int, importance: Tensor, search: bool) -> Grid:
+    channel = channel_scales(weight)
+    w8 = (weight / channel[:, None]).unflatten(1, (-1, size))  # [N, K/G, G]
+    weights = importance.reshape(-1, size)
+    low, high = w8.amin(dim=-1), w8.amax(dim=-1)
+    shrinks = GROUP_SHRINKS if search else (0.0,)
+    scale = offset = least = None
+    for a in shrinks:
+        for b in shrinks:
+            for ceil in (True, False):
+                s, o = group_qparams(low * (1 - a), high * (1 - b), ceil=ceil)
+                error = group_values(group_codes(w8, s, o), s, o) - w8
+                cost = (error.square_() * weights).sum(dim=-1)
+                if scale is None or offset is None or least is None:
+                    scale, offset, least = s, o, cost
+                    continue
+                better = cost < least
+                least = torch.where(better, cost, least)
+                scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
+    assert scale is not None  # the first candidate always runs
+    assert offset is not None
+    by = channel[:, None]
+    return GroupGrid(
+        scale.float() * by,
+        offset.float() * by,
+        max_codes(scale, offset).float(),
+        _share(weight, size),
+        0.0,
+        channel,
+        scale,
+        offset,
+    )
