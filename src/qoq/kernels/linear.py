@@ -70,8 +70,8 @@ def int_matmul(codes_a: Tensor, codes_w: Tensor) -> Tensor:
         return codes_a.new_zeros((m, n), dtype=torch.int32)
     if codes_a.device.type != "cpu":
         return (codes_a.to(torch.float64) @ codes_w.to(torch.float64).T).to(torch.int32)
-    if _has_vnni():
-        return torch._int_mm(codes_a, codes_w.T)
+    if k > 1 and _has_vnni():
+        return torch._int_mm(_row_major(codes_a), _row_major(codes_w).T)
     return _chunked_matmul(codes_a, codes_w)
 
 
@@ -85,7 +85,15 @@ def _chunked_matmul(codes_a: Tensor, codes_w: Tensor) -> Tensor:
     return acc
 
 
+def _row_major(codes: Tensor) -> Tensor:
+    # _int_mm takes leading dimensions from strides. Those of an axis of length 1 may be anything in
+    # a contiguous tensor, and then it returns uninitialised memory: spell them out. (With K = 1 a
+    # transposed operand cannot be told from a plain one, so that case never comes here.)
+    return codes.contiguous().as_strided(codes.shape, (codes.shape[1], 1))
+
+
 def _has_vnni() -> bool:
+    # Without VNNI that GEMM saturates (and says nothing), so it must be known, not hoped for.
     # Older torch cannot tell; it then takes the fp32 way, which is right everywhere.
     ask = getattr(torch.cpu, "get_capabilities", None)
     return ask is not None and bool(ask().get("avx512_vnni", False))
