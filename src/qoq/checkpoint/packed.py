@@ -13,7 +13,7 @@ from qoq.checkpoint.manifest import parse_manifest
 from qoq.checkpoint.partial import SUFFIX
 from qoq.checkpoint.shard import TensorEntry, read_header
 from qoq.checkpoint.values import FLOATS, check_structure, check_values
-from qoq.checkpoint.writer import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX
+from qoq.checkpoint.writer import CONFIG_NAME, INDEX_NAME, SHARD_SUFFIX, CheckpointWriter
 from qoq.errors import (
     CheckpointError,
     CheckpointIncompleteError,
@@ -21,6 +21,8 @@ from qoq.errors import (
     CheckpointTensorError,
 )
 from qoq.formats.scheme import QuantScheme
+
+__all__ = ["CheckpointWriter", "Expected", "PackedCheckpoint"]
 
 # Name -> (shape, dtype); None stands for any of fp32, fp16 and bf16.
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
