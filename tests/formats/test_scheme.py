@@ -59,8 +59,22 @@ def test_lm_head_bits(name: str, bits: int | None, want: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "w4", "w3a8", "w4a4", "w4a8kv2", "w4a8kv4-g256", "w4a8kv4g128", "w4a8kv4-g128 ,", "xw4a8"]
-    + ["w8a8-g128", "w16a16-g32", "w4a8k4", "w4a8v4", "w4a8kv4\nw4a8"],
+    [
+        "",
+        "w4",
+        "w3a8",
+        "w4a4",
+        "w4a8kv2",
+        "w4a8kv4-g256",
+        "w4a8kv4g128",
+        "w4a8kv4-g128 ,",
+        "xw4a8",
+        "w8a8-g128",
+        "w16a16-g32",
+        "w4a8k4",
+        "w4a8v4",
+        "w4a8kv4\nw4a8",
+    ],
 )
 def test_bad_names_are_refused(name: str) -> None:
     with pytest.raises(SchemeError):
