@@ -49,6 +49,10 @@ class CalibrationError(QoqError):
     """Calibration text is missing, unreadable or too short."""
 
 
+class TextError(QoqError):
+    """A text to evaluate on that is missing, unreadable, too short or for another vocabulary."""
+
+
 class ResourceError(QoqError):
     """The job cannot fit in the memory or disk at hand; nothing was started."""
 
