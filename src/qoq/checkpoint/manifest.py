@@ -88,7 +88,7 @@ def _scheme(name: object, lm_head_bits: object) -> QuantScheme:
         raise CheckpointError(f"lm_head_bits {lm_head_bits!r} does not exist; 8 and 16 do.")
     try:
         if not isinstance(name, str):
-            raise SchemeError(f"the scheme must be a name, not {name!r}")
+            raise SchemeError(f"A scheme is a name, not {name!r}.")
         return QuantScheme.parse(name, lm_head_bits)
     except SchemeError as error:
         raise CheckpointError(f"quantization_config names no scheme known here: {error}") from None
