@@ -132,12 +132,8 @@ def test_pages_hold_what_was_appended(
 def test_rotation_and_center_do_not_change_softmax() -> None:
     # In float pages, so that only the algebra is seen: scores shift by a constant per query.
     t, d = 7, 8
-    q, k, v, (cos, sin) = (
-        torch.randn(t, 4, d),
-        torch.randn(t, 2, d),
-        torch.randn(t, 2, d),
-        angles(t, 4),
-    )
+    q, k, v = torch.randn(t, 4, d), torch.randn(t, 2, d), torch.randn(t, 2, d)
+    cos, sin = angles(t, 4)
     slots = torch.arange(t)
 
     def weights(center: Tensor | None, rotation: Tensor | None) -> Tensor:
@@ -152,18 +148,15 @@ def test_rotation_and_center_do_not_change_softmax() -> None:
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8), (8, 4)])
-def test_a_token_does_not_know_its_chunk(bits: tuple[int, int]) -> None:
-    t, d = 50, 64
-    q, k, v, (cos, sin) = (
-        torch.randn(t, 6, d),
-        torch.randn(t, 2, d),
-        torch.randn(t, 2, d),
-        angles(t, 32),
-    )
-    center, rotation = torch.randn(2, d), hadamard_matrix(d).float()
+@pytest.mark.parametrize(("hkv", "d"), [(2, 64), (1, 128)])
+def test_a_token_does_not_know_its_chunk(bits: tuple[int, int], hkv: int, d: int) -> None:
+    t = 50
+    q, k, v = torch.randn(t, 3 * hkv, d), torch.randn(t, hkv, d), torch.randn(t, hkv, d)
+    cos, sin = angles(t, d // 2)
+    center, rotation = torch.randn(hkv, d), hadamard_matrix(d).float()
     slots = torch.arange(t)
-    whole = KVPages.empty(KVFormat(*bits), 4, 2, 16, d)
-    parts = KVPages.empty(KVFormat(*bits), 4, 2, 16, d)
+    whole = KVPages.empty(KVFormat(*bits), 4, hkv, 16, d)
+    parts = KVPages.empty(KVFormat(*bits), 4, hkv, 16, d)
     want = kv_append(q, k, v, cos, sin, slots, whole, center, rotation)
     for start, stop in itertools.pairwise((0, 1, 2, 19, 49, 50)):
         c = slice(start, stop)

@@ -109,7 +109,13 @@ def test_every_allowed_id_is_drawn() -> None:
 
 
 def test_top_k_of_a_tie_keeps_exactly_k() -> None:
-    drawn = sample(torch.zeros(500, 9), params(500, top_k=2)).ids
+    for vocab in (9, 3001):
+        drawn = sample(torch.zeros(100, vocab), params(100, top_k=2)).ids
+        assert set(drawn.tolist()) == {0, 1}
+
+
+def test_top_p_stops_as_soon_as_it_is_reached() -> None:
+    drawn = sample(torch.zeros(100, 4), params(100, top_p=0.5)).ids
     assert set(drawn.tolist()) == {0, 1}
 
 
