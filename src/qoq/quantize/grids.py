@@ -22,7 +22,7 @@ from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight, PackedWeight
 
 # Fractions cut off either end of a range; the first must be 0 (no clipping).
-GROUP_SHRINKS = tuple(0.05 * i for i in range(7))
+GROUP_SHRINKS = tuple(0.07 * i for i in range(5))
 CHANNEL_SHRINKS = tuple(0.025 * i for i in range(21))
 
 
@@ -44,13 +44,6 @@ class Grid:
     def channels(self, order: Tensor) -> "Grid":
         """The grid of ``weight[:, order]``."""
         return Grid(self.scale, self.offset, self.high, self.share[order], self.low)
-
-    def column(self, k: int) -> "Grid":
-        """The grid of ``weight[:, k:k+1]``."""
-        s = int(self.share[k])
-        zero = self.share.new_zeros(1)
-        cut = slice(s, s + 1)
-        return Grid(self.scale[:, cut], self.offset[:, cut], self.high[:, cut], zero, self.low)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes, fp32 [N, K]."""

@@ -43,6 +43,10 @@ class Moments:
         if drift is not None:
             self.drift = _accumulate(self.drift, drift, x)
 
+    def finite(self) -> bool:
+        """Whether every input seen was a number; else nothing can be learned from them."""
+        return self.hessian is None or bool(torch.isfinite(self.hessian).all())
+
     def mean_hessian(self) -> Tensor:
         if self.hessian is None:
             raise ValueError("no inputs were observed")
@@ -75,9 +79,10 @@ def quantize_linear(
 ) -> tuple[PackedWeight, dict[str, float]]:
     """Weight fp32 [N, K] -> packed, with its relative weight and output error (squared, 0..1).
 
-    Without moments (a recipe that needs no data) all inputs count alike and rounding is to nearest.
+    Without moments (a recipe that needs no data), or with moments that hold NaN or Inf, all inputs
+    count alike and rounding is to nearest.
     """
-    if moments is None:
+    if moments is None or not moments.finite():
         grid = make_grid(weight, fmt, None, recipe.search_range)
         packed = pack(grid.codes(weight), grid, fmt)
         error = packed.dequantize() - weight

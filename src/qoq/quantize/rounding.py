@@ -49,40 +49,55 @@ def round_gptq(weight: Tensor, grid: Grid, hessian: Tensor, damping: float) -> T
     upper = inverse_cholesky(hessian[order][:, order], damping)
     if upper is None:
         return grid.codes(weight)
-    work, grid = weight[:, order].clone(), grid.channels(order)
+    rows = _Rows(grid.channels(order))
+    work = weight.T[order].contiguous()  # [K, N]: a column of the weight is a contiguous row here
     codes = torch.empty_like(work)
-    for start in range(0, work.shape[1], BLOCK):
-        stop = min(start + BLOCK, work.shape[1])
-        errors = torch.empty_like(work[:, start:stop])
-        for i in range(start, stop):
-            one = grid.column(i)
-            column = work[:, i : i + 1]
-            codes[:, i : i + 1] = one.codes(column)
-            error = (column - one.values(codes[:, i : i + 1])) / upper[i, i]
-            work[:, i:stop] -= error * upper[i : i + 1, i:stop]
-            errors[:, i - start : i - start + 1] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes[:, torch.argsort(order)]
+    pivots = upper.diagonal().tolist()
+    for start in range(0, len(work), BLOCK):
+        stop = min(start + BLOCK, len(work))
+        errors = torch.empty_like(work[start:stop])
+        for k in range(start, stop):
+            codes[k], value = rows.nearest(k, work[k])
+            error = torch.sub(work[k], value, out=errors[k - start]).div_(pivots[k])
+            work[k + 1 : stop].addr_(upper[k, k + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return codes[torch.argsort(order)].T.contiguous()
 
 
 def refine(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, sweeps: int) -> Tensor:
     """Coordinate descent on the same objective: no sweep can make it worse."""
-    codes, diagonal = codes.clone(), hessian.diagonal()
+    rows, diagonal = _Rows(grid), hessian.diagonal().tolist()
+    turned = codes.T.contiguous()  # [K, N], as above
     for _ in range(sweeps):
-        values = grid.values(codes)
-        gradient = (values - weight) @ hessian
-        for start in range(0, weight.shape[1], BLOCK):
-            stop = min(start + BLOCK, weight.shape[1])
-            steps = torch.zeros_like(codes[:, start:stop])
-            for i in range(start, stop):
-                if diagonal[i] <= 0:
+        values = grid.values(turned.T).T.contiguous()
+        gradient = hessian @ (values - weight.T)
+        for start in range(0, len(turned), BLOCK):
+            stop = min(start + BLOCK, len(turned))
+            steps = torch.zeros_like(turned[start:stop])
+            for k in range(start, stop):
+                if diagonal[k] <= 0:
                     continue
-                one = grid.column(i)
-                old = values[:, i : i + 1]
-                new = one.codes(old - gradient[:, i : i + 1] / diagonal[i])
-                step = one.values(new) - old
-                codes[:, i : i + 1] = new
-                steps[:, i - start : i - start + 1] = step
-                gradient[:, i:stop] += step * hessian[i : i + 1, i:stop]
-            gradient[:, stop:] += steps @ hessian[start:stop, stop:]
-    return codes
+                turned[k], value = rows.nearest(k, values[k] - gradient[k] / diagonal[k])
+                step = torch.sub(value, values[k], out=steps[k - start])
+                gradient[k + 1 : stop].addr_(hessian[k, k + 1 : stop], step)
+            gradient[stop:].addmm_(hessian[stop:, start:stop], steps)
+    return turned.T.contiguous()
+
+
+class _Rows:
+    """A grid turned round: for channel k, codes and values of its N elements as one row."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._share: list[int] = grid.share.tolist()
+        self._scale, self._offset, self._high = (
+            t.T.contiguous() for t in (grid.scale, grid.offset, grid.high)
+        )
+        self._low = grid.low
+
+    def nearest(self, k: int, row: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, values) [N] nearest to row [N]."""
+        s = self._share[k]
+        scale, offset = self._scale[s], self._offset[s]
+        codes = torch.sub(row, offset).div_(scale).round_()
+        codes = torch.minimum(codes, self._high[s], out=codes).clamp_(min=self._low)
+        return codes, codes * scale + offset
