@@ -16,6 +16,8 @@ from qoq.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
 MAX_BYTES = 64 << 20  # of a text; what lies beyond is not read
+# What reading a file that is damaged, or is something else, may raise.
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,13 @@ def _read(source: str) -> str:
         else:
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES)
-        text = data.decode("utf-8", errors="ignore" if len(data) == MAX_BYTES else "strict")
+        cut = len(data) == MAX_BYTES
+        text = data.decode("utf-8", errors="ignore" if cut else "strict")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = text.split("\n")  # not splitlines: U+2028 and the like may stand in a string
+            rows = [json.loads(line) for line in lines[: -1 if cut else None] if line.strip()]
             text = "\n\n".join(row["text"] for row in rows)
-    except (OSError, lzma.LZMAError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise CalibrationError(
             f"{path} cannot be read as calibration text ({error}). Give a UTF-8 .txt file, or "
             'a .jsonl file with a "text" field on every line.'

@@ -1,0 +1,209 @@
+"""Grids: what a weight may become always fits its format, and searching only helps."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.quantizing import correlated
+from qoq.formats.packing import unpack_nibbles
+from qoq.formats.scheme import WeightFormat
+from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight
+from qoq.quantize.grids import Grid, GroupGrid, make_grid, pack, refit
+from qoq.quantize.rounding import round_gptq
+
+FORMATS = [WeightFormat(4, 32), WeightFormat(4, 64), WeightFormat(4), WeightFormat(8)]
+PACKED = {4: (GroupWeight, ChannelWeight), 8: (Int8Weight,)}
+
+
+def heavy(n: int, k: int, tail: float = 2.5) -> Tensor:
+    """Weights with long tails, where clipping pays."""
+    return torch.randn(n, k) * torch.randn(n, k).abs() ** tail
+
+
+def loss(grid: Grid, weight: Tensor, importance: Tensor) -> Tensor:
+    """Weighted squared error per row."""
+    return (grid.values(grid.codes(weight)) - weight).square() @ importance
+
+
+def objective(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+    error = (grid.values(codes) - weight).double()
+    return ((error @ hessian.double()) * error).sum(1)
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_packed_codes_are_the_grid_s_values(fmt: WeightFormat, search: bool) -> None:
+    weight = heavy(13, 128)
+    grid = make_grid(weight, fmt, torch.rand(128), search)
+    codes = grid.codes(weight)
+    packed = pack(codes, grid, fmt)
+    assert isinstance(packed, PACKED[fmt.bits])
+    assert packed.format == fmt
+    slack = 1e-6 * float(weight.abs().max())  # offset + code * step cancels where values are small
+    torch.testing.assert_close(packed.dequantize(), grid.values(codes), rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_codes_are_the_nearest_the_grid_has(fmt: WeightFormat) -> None:
+    weight = heavy(5, 64)
+    grid = make_grid(weight, fmt, None)
+    low = int(grid.low)
+    every = torch.arange(low, 128 if fmt.bits == 8 else 16, dtype=torch.float32)
+    best = torch.full_like(weight, torch.inf)
+    for code in every:
+        reachable = code <= grid._spread(grid.high)
+        error = (grid.values(torch.full_like(weight, float(code))) - weight).abs()
+        best = torch.where(reachable, torch.minimum(best, error), best)
+    got = (grid.values(grid.codes(weight)) - weight).abs()
+    torch.testing.assert_close(got, best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:3], ids=str)
+def test_searching_the_range_is_never_worse(fmt: WeightFormat) -> None:
+    weight, importance = heavy(40, 128), torch.rand(128) ** 4
+    none = loss(make_grid(weight, fmt, importance), weight, importance)
+    found = loss(make_grid(weight, fmt, importance, True), weight, importance)
+    assert (found <= none * (1 + 1e-5)).all()
+    assert found.sum() < 0.9 * none.sum()
+
+
+@given(
+    st.integers(1, 6),
+    st.sampled_from([32, 64, 128]),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4]),
+    st.floats(0, 6),
+    st.booleans(),
+)
+def test_group_values_stay_in_int8_whatever_is_asked(
+    n: int, group: int, groups: int, spread: float, tail: float, search: bool
+) -> None:
+    """Also for weights far from those the grid was made for, as error compensation makes them."""
+    weight = heavy(n, group * groups, tail) * spread
+    fmt = WeightFormat(4, group)
+    grid = make_grid(weight, fmt, None, search)
+    for moved in (weight, weight * 50, -weight * 50, weight + 1e5 * spread, weight - 1e5 * spread):
+        packed = pack(grid.codes(moved), grid, fmt)
+        assert isinstance(packed, GroupWeight)
+        exact = grid_integers(packed)
+        assert exact.min() >= -128
+        assert exact.max() <= 127
+        assert torch.equal(exact.to(torch.int8).flatten(1), packed.int8())
+        assert 1 <= int(packed.group_scale.min()) <= int(packed.group_scale.max()) <= 16
+
+
+def grid_integers(packed: GroupWeight) -> Tensor:
+    """code * scale + offset in int64, nothing wrapped."""
+    n, groups = packed.group_scale.shape
+    codes = unpack_nibbles(packed.codes).to(torch.int64).reshape(n, groups, -1)
+    return codes * packed.group_scale[..., None].long() + packed.group_offset[..., None].long()
+
+
+def test_group_values_stay_in_int8_after_gptq_and_refit() -> None:
+    """GPTQ moves weights beyond the range their grid was made for."""
+    weight, x = heavy(24, 128), correlated(60, 128, rank=3, noise=0.01)
+    x[:, 5] *= 30
+    fmt, hessian = WeightFormat(4, 32), x.T @ x
+    grid = make_grid(weight, fmt, hessian.diagonal(), True)
+    codes = round_gptq(weight, grid, hessian, 0.001)
+    packed = pack(codes, refit(weight, codes, grid, hessian), fmt)
+    assert isinstance(packed, GroupWeight)
+    exact = grid_integers(packed)
+    assert exact.min() >= -128
+    assert exact.max() <= 127
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", ["zero", "constant", "tiny", "negative", "one spike"])
+def test_degenerate_rows(fmt: WeightFormat, rows: str) -> None:
+    weight = torch.randn(4, 128)
+    weight[1] = {
+        "zero": torch.zeros(128),
+        "constant": torch.full((128,), 0.3),
+        "tiny": torch.randn(128) * 1e-42,
+        "negative": -torch.rand(128) - 1,
+        "one spike": torch.nn.functional.one_hot(torch.tensor(17), 128) * 1e3,
+    }[rows].float()
+    grid = make_grid(weight, fmt, None, True)
+    packed = pack(grid.codes(weight), grid, fmt)
+    assert all(torch.isfinite(t.float()).all() for t in packed.tensors().values())
+    scales = [t for n, t in packed.tensors().items() if n.endswith("scale")]
+    assert all((t > 0).all() for t in scales)
+    error = (packed.dequantize()[1] - weight[1]).abs().max()
+    span = float(weight[1].abs().max())
+    assert error <= span * (1 / 15 + 1 / 119) + 1e-30
+
+
+def test_columns_and_orders_of_a_grid() -> None:
+    weight, order = heavy(7, 96), torch.randperm(96)
+    grid = make_grid(weight, WeightFormat(4, 32), None)
+    codes = grid.codes(weight)
+    assert torch.equal(grid.channels(order).codes(weight[:, order]), codes[:, order])
+    for k in (0, 31, 32, 95):
+        assert torch.equal(grid.column(k).codes(weight[:, k : k + 1]), codes[:, k : k + 1])
+        assert torch.equal(grid.column(k).values(codes[:, k : k + 1]), grid.values(codes)[:, [k]])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_refitting_is_never_worse(fmt: WeightFormat) -> None:
+    weight, x = heavy(30, 128, 1.5), correlated(400, 128)
+    hessian = x.T @ x / 400
+    grid = make_grid(weight, fmt, None)
+    codes = grid.codes(weight)
+    before = objective(weight, codes, grid, hessian)
+    fitted = refit(weight, codes, grid, hessian)
+    after = objective(weight, codes, fitted, hessian)
+    assert (after <= before * (1 + 1e-3)).all()
+    assert after.sum() < before.sum()
+    packed = pack(codes, fitted, fmt)
+    slack = 1e-5 * float(weight.abs().max())
+    torch.testing.assert_close(packed.dequantize(), fitted.values(codes), rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_refitting_finds_the_least_squares_answer(fmt: WeightFormat) -> None:
+    """Against a general solver, on a row that is scaled (and, per channel, shifted) wrongly."""
+    weight, x = torch.randn(6, 64), correlated(300, 64, noise=1.0)
+    hessian = x.T @ x / 300
+    fmt = WeightFormat(fmt.bits, 32) if fmt.group_size else fmt
+    grid = make_grid(weight, fmt, None)
+    codes = grid.codes(weight)
+    fitted = refit(weight, codes, grid, hessian)
+    shifts = not isinstance(grid, GroupGrid) and fmt.bits == 4
+    for row in range(len(weight)):
+        basis = [codes[row]] if shifts else [grid.values(codes)[row]]
+        basis += [torch.ones(64)] if shifts else []
+        design = x.double() @ torch.stack(basis).double().T
+        target = x.double() @ weight[row].double()
+        wanted = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+        got = fitted.values(codes)[row].double()
+        torch.testing.assert_close(
+            x.double() @ got, design @ wanted, rtol=1e-3, atol=1e-3 * float(target.abs().max())
+        )
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("bad", ["nan", "zero"])
+def test_refitting_without_information_changes_nothing(fmt: WeightFormat, bad: str) -> None:
+    weight = heavy(9, 64)
+    grid = make_grid(weight, fmt, None)
+    codes = grid.codes(weight)
+    hessian = torch.full((64, 64), torch.nan if bad == "nan" else 0.0)
+    fitted = refit(weight, codes, grid, hessian)
+    assert torch.equal(fitted.values(codes), grid.values(codes))
+
+
+def test_importance_decides_what_is_clipped() -> None:
+    """The one outlier of a group is kept when its input is large, cut when it is always zero."""
+    weight = torch.randn(1, 32) * 0.1
+    weight[0, 4] = 3.0
+    importance = torch.ones(32)
+    outlier = []
+    for weigh in (1e4, 0.0):
+        importance[4] = weigh
+        grid = make_grid(weight, WeightFormat(4, 32), importance, True)
+        outlier.append(float(grid.values(grid.codes(weight))[0, 4]))
+    assert abs(outlier[0] - 3) < 0.05
+    assert outlier[1] < 2.6
