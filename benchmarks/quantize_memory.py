@@ -1,0 +1,75 @@
+"""Peak memory and time of ``qoq quantize`` on random weights of real shapes.
+
+    python benchmarks/quantize_memory.py llama-3.2-1b --samples 8
+    python benchmarks/quantize_memory.py llama-3-8b --layers 2 --samples 4
+
+Each run is a process of its own, so its peak resident memory is the command's. Results go to
+benchmarks/results/quantize-memory-<shapes>.json.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from random_model import SHAPES, write_random_model
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "books-llama"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=None, help="only the first few layers")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--folder", type=Path, default=None, help="where the model is written")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        model, out = Path(name) / "model", Path(name) / "out"
+        write_random_model(args.shapes, model, EXAMPLE, args.layers)
+        command = [sys.executable, "-m", "qoq", "quantize", str(model), "-o", str(out)]
+        command += ["--samples", str(args.samples), "--seq-len", str(args.seq_len)]
+        command += ["--dtype", args.dtype, "--no-eval"]
+        command += ["--calibration", str(EXAMPLE / "calibration.txt")]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - start
+        size = sum(file.stat().st_size for file in out.iterdir())
+    layers = args.layers or SHAPES[args.shapes]["num_hidden_layers"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    result = {
+        "shapes": args.shapes,
+        "layers": layers,
+        "samples": args.samples,
+        "seq_len": args.seq_len,
+        "dtype": args.dtype,
+        "seconds": round(seconds, 1),
+        "peak_rss_gb": round(peak / 1e9, 3),
+        "checkpoint_gb": round(size / 1e9, 3),
+        "command": "python benchmarks/quantize_memory.py " + " ".join(sys.argv[1:]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip(),
+        "cores": os.cpu_count(),
+        "cpu": _cpu(),
+    }
+    path = ROOT / "benchmarks" / "results" / f"quantize-memory-{args.shapes}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+
+
+if __name__ == "__main__":
+    main()
