@@ -7,5 +7,5 @@ blocks       one block's passes in order        block        its tensors while t
 rotate       norms folded, streams rotated      keys         centering, SmoothAttention
 outputs      output smoothing, reordering       linears      one weight: correct, round, pack
 grids        scales and ranges                  rounding     GPTQ, coordinate descent
-report       what happened, as numbers
+ends         embedding and lm_head          report       what happened, as numbers
 """

@@ -1,6 +1,5 @@
 """quantize(): the whole way of a weight, from a Hugging Face folder to a packed checkpoint."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,14 +18,13 @@ from qoq.checkpoint.writer import CheckpointWriter, companion_files
 from qoq.errors import CheckpointError, UnsupportedModelError
 from qoq.formats.hadamard import hadamard_matrix, has_hadamard
 from qoq.formats.scheme import DEFAULT_SCHEME, QuantScheme, WeightFormat
-from qoq.models.anatomy import EMBED, FINAL_NORM, LM_HEAD, packed_tensors
+from qoq.models.anatomy import EMBED, packed_tensors
 from qoq.models.config import ModelConfig
 from qoq.models.load import check_source, is_packed
-from qoq.quantize import rotate
 from qoq.quantize.block import Block
 from qoq.quantize.blocks import BLOCK_STEPS, quantize_block
 from qoq.quantize.calibration import BUILT_IN, Calibration, load_calibration
-from qoq.quantize.grids import make_grid, pack
+from qoq.quantize.ends import ROWS, embed, head_tensors, read
 from qoq.quantize.plan import Plan, check_plan, make_plan
 from qoq.quantize.recipe import QOQ, Recipe
 from qoq.quantize.replay import Replay
@@ -37,7 +35,6 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, what): after every finished step; ``what`` names the step."""
 
 JOB_NAME = "job.json"
-HEAD_ROWS = 8192  # of lm_head, rotated and coded at a time
 
 
 def quantize(
@@ -90,7 +87,7 @@ def quantize(
             progress(done, total, what)
 
     replay = Replay(config, texts.ids, writer.partial, place) if texts else None
-    finished = set(writer.shards())
+    finished = _finished(writer, config, replay, recipe)
     with torch.no_grad(), float_products(dtype):
         if _shard(config, 0) not in finished:
             embedding = embed(source, recipe)
@@ -104,7 +101,7 @@ def quantize(
                 done += (len(BLOCK_STEPS) if texts else 1) - 1
                 step(f"{name}: finished before")
                 continue
-            block = Block.load(config, index, lambda n: source.get(n).to(place))
+            block = Block.load(config, index, lambda n: read(source, n).to(place))
             if recipe.rotate_keys:
                 block.k_rotation = hadamard_matrix(config.head_dim).to(place, torch.float32)
             tensors = quantize_block(block, replay, scheme, recipe, partial(_step_of, step, name))
@@ -168,40 +165,6 @@ def needs_calibration(recipe: Recipe, scheme: QuantScheme) -> bool:
     return bool(keys or rounding or recipe.smooth_outputs or recipe.reorder)
 
 
-def embed(source: HFSource, recipe: Recipe) -> Tensor:
-    """The embedding [V, H] as stored: rotated with the residual stream, in fp16."""
-    table = source.get(EMBED)
-    rows = table.split(HEAD_ROWS)
-    if recipe.rotate:
-        rows = tuple(rotate.rotate_rows(part) for part in rows)
-    limit = torch.finfo(torch.float16).max
-    if any(float(part.abs().max()) > limit for part in rows):
-        return torch.cat([part.to(torch.float32) for part in rows])
-    return torch.cat([part.to(torch.float16) for part in rows])
-
-
-def head_tensors(
-    source: HFSource, config: ModelConfig, scheme: QuantScheme, recipe: Recipe
-) -> dict[str, Tensor]:
-    """Final norm and lm_head (untied), gain folded in if rotated; int8 to nearest, or fp16."""
-    gain = source.get(FINAL_NORM).to(torch.float32)
-    table = source.get(EMBED if config.tie_word_embeddings else f"{LM_HEAD}.weight")
-    parts: list[dict[str, Tensor]] = []
-    for rows in table.split(HEAD_ROWS):
-        weight = rows.to(torch.float32)
-        if recipe.rotate:
-            weight = rotate.rotate_rows(weight * gain)
-        if scheme.lm_head.bits == 16:
-            parts.append({"weight": weight.to(torch.float16)})
-            continue
-        fmt = WeightFormat(8)
-        grid = make_grid(weight, fmt, None)
-        parts.append(pack(grid.codes(weight), grid, fmt).tensors())
-    tensors = {f"{LM_HEAD}.{n}": torch.cat([part[n] for part in parts]) for n in parts[0]}
-    tensors[FINAL_NORM] = torch.ones_like(gain) if recipe.rotate else gain
-    return tensors
-
-
 @contextmanager
 def float_products(dtype: str) -> Iterator[None]:
     """Let fp32 matrix products on CPU run in bf16 units (fp32 accumulation) if so asked."""
@@ -219,14 +182,35 @@ def _shard(config: ModelConfig, number: int) -> str:
     return f"model-{number + 1:05d}-of-{config.num_layers + 2:05d}.safetensors"
 
 
+def _finished(
+    writer: CheckpointWriter, config: ModelConfig, replay: Replay | None, recipe: Recipe
+) -> set[str]:
+    """The shards that need not be made again: all before the first missing one.
+
+    None at all where the next layer's input rows were lost (a power cut, a tidied folder): only
+    the layers before can make them.
+    """
+    names, there = [_shard(config, n) for n in range(config.num_layers + 1)], set(writer.shards())
+    count = next((n for n, name in enumerate(names) if name not in there), len(names))
+    if replay and 0 < count <= config.num_layers:
+        files = [replay.hidden(stream, count - 1) for stream in _streams(recipe)]
+        if not all(file.holds(replay.tokens) for file in files):
+            count = 0
+    return set(names[:count])
+
+
+def _streams(recipe: Recipe) -> tuple[str, ...]:
+    return ("float", "quant") if recipe.compensate else ("quant",)
+
+
 def _first_rows(replay: Replay, embedding: Tensor, recipe: Recipe) -> None:
     """Write the first layer's input rows; both streams read the stored embedding."""
     flat, width = replay.ids.reshape(-1), embedding.shape[1]
-    for stream in ("float", "quant") if recipe.compensate else ("quant",):
+    for stream in _streams(recipe):
         file = replay.hidden(stream, 0)
         file.delete()
-        for start in range(0, len(flat), HEAD_ROWS):
-            file.write(start, embedding[flat[start : start + HEAD_ROWS]].reshape(-1, width))
+        for start in range(0, len(flat), ROWS):
+            file.write(start, embedding[flat[start : start + ROWS]].reshape(-1, width))
 
 
 def _drop_rows(replay: Replay, index: int) -> None:
@@ -257,12 +241,9 @@ def _claim(
     dtype: str,
 ) -> dict[str, Any]:
     """Mark the partial folder as this job's; refuse to continue another job's layers in it."""
-    shapes = json.dumps(
-        [source.config, [(n, source.shape(n)) for n in source.names()]], default=str
-    )
     job = {
         "source": source.path.name,
-        "source_sha256": hashlib.sha256(shapes.encode()).hexdigest(),
+        "source_sha256": source.fingerprint(),
         "scheme": scheme.name,
         "lm_head_bits": scheme.lm_head.bits,
         "recipe": recipe.to_dict(),

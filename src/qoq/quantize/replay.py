@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qoq.checkpoint.files import disk_errors
 from qoq.formats.activation import QuantizedActivation
 from qoq.formats.kv import KVPages
 from qoq.formats.scheme import FLOAT_SCHEME, KVFormat
@@ -34,9 +35,10 @@ class RowFile:
 
     def write(self, start: int, rows: Tensor) -> None:
         data = rows.detach().to("cpu", torch.float32).contiguous().numpy()
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+        mode = "r+b" if self.path.exists() else "w+b"
+        with disk_errors(self.path.parent), self.path.open(mode) as file:
             file.seek(start * self.width * 4)
-            data.tofile(file)
+            file.write(data.data)
 
     def read(self, rows: slice, device: torch.device) -> Tensor:
         count = (rows.stop - rows.start) * self.width
