@@ -20,6 +20,7 @@ from qoq.checkpoint.qserve_groups import OrderEvidence
 from qoq.checkpoint.qserve_layout import ORDERS, ScaleOrder
 from qoq.checkpoint.qserve_sources import ConvertedSource, FakeQuantSource
 from qoq.checkpoint.tensor_files import TensorFiles
+from qoq.checkpoint.values import all_finite
 from qoq.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, companion_files
 from qoq.errors import CheckpointTensorError, CheckpointValueError, SourceError
 from qoq.formats.scheme import KVFormat, QuantScheme, WeightFormat
@@ -184,7 +185,7 @@ def _get(source: ConvertedSource | FakeQuantSource, name: str, ndim: int = 2) ->
     tensor = source.tensors.get(name, ndim)
     if not tensor.is_floating_point():
         raise CheckpointTensorError(f"Tensor {name} has dtype {tensor.dtype}; it must be a float.")
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise CheckpointValueError(f"Tensor {name} holds NaN or infinity.")
     return tensor
 

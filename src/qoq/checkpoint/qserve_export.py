@@ -15,6 +15,7 @@ from qoq.checkpoint.packed import PackedCheckpoint
 from qoq.checkpoint.partial import PartialFolder
 from qoq.checkpoint.qserve_layout import check_tiles, pack_group_params, pack_tiles
 from qoq.checkpoint.shard import write_tensors
+from qoq.checkpoint.values import all_finite
 from qoq.checkpoint.writer import CONFIG_NAME, MAX_SHARD_BYTES, companion_files
 from qoq.errors import CheckpointValueError, ResourceError, UnsupportedModelError
 from qoq.formats.packing import unpack_nibbles
@@ -22,6 +23,7 @@ from qoq.formats.scheme import KVFormat, QuantScheme
 
 FileFormat = Literal["safetensors", "bin"]
 _STEM = {"safetensors": "model", "bin": "pytorch_model"}
+_CHUNK = 1 << 22  # elements compared together
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
@@ -44,16 +46,20 @@ class _Rounding:
         self.worst: dict[str, float] = {}
 
     def __call__(self, what: str, name: str, tensor: Tensor) -> Tensor:
+        """fp16 of ``tensor``; raises CheckpointValueError if it does not fit."""
+        if tensor.dtype == torch.float16 or not tensor.numel():
+            return tensor.to(torch.float16)
         half = tensor.to(torch.float16)
-        if not torch.isfinite(half).all():
+        if not all_finite(half) or (what == "scales" and not (half > 0).all()):
             raise CheckpointValueError(f"{name} does not fit in fp16, which QServe's files use.")
-        exact = tensor.to(torch.float32)
-        change = (half.to(torch.float32) - exact).abs()
-        relative = float((change / exact.abs().amax().clamp(min=1e-30)).max()) if len(half) else 0.0
-        if what == "scales":
-            if (half <= 0).any():
-                raise CheckpointValueError(f"{name} does not fit in fp16: a scale becomes 0.")
-            relative = float((change / exact).max())
+        worst, largest = 0.0, 0.0
+        pairs = zip(half.reshape(-1).split(_CHUNK), tensor.reshape(-1).split(_CHUNK), strict=True)
+        for rounded, exact in pairs:
+            size = exact.to(torch.float32).abs()
+            change = (rounded.to(torch.float32) - exact).abs()
+            worst = max(worst, float((change / size if what == "scales" else change).max()))
+            largest = max(largest, float(size.max()))
+        relative = worst if what == "scales" or not largest else worst / largest
         self.worst[what] = max(self.worst.get(what, 0.0), relative)
         return half
 

@@ -129,7 +129,7 @@ def order_evidence(codes: Tensor, params: dict[ScaleOrder, tuple[Tensor, Tensor]
     (first_scale, first_offset), (other_scale, other_offset) = (params[o] for o in ORDERS)
     differ = (first_scale != other_scale) | (first_offset != other_offset)
     grouped = codes.unflatten(1, (first_scale.shape[1], -1))[differ]
-    mean = grouped.to(torch.float32).mean(-1)
+    mean = grouped.sum(-1, dtype=torch.int32) / grouped.shape[-1]
     imbalance, overflows = [], []
     for order in ORDERS:
         scale, offset = (p[differ].to(torch.int32) for p in params[order])

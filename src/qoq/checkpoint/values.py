@@ -124,10 +124,14 @@ def check_values(scheme: QuantScheme, names: Sequence[str], get: Callable[[str],
             _check_finite(name, get(name))
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity, found without a copy of its size."""
+    return all(bool(torch.isfinite(p).all()) for p in tensor.reshape(-1).split(_CHUNK))
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
-    for part in tensor.reshape(-1).split(_CHUNK):
-        if not torch.isfinite(part).all():
-            raise CheckpointValueError(f"Tensor {name} holds NaN or infinity. Copy it again.")
+    if not all_finite(tensor):
+        raise CheckpointValueError(f"Tensor {name} holds NaN or infinity. Copy it again.")
 
 
 def _check_positive(name: str, scale: Tensor) -> None:
