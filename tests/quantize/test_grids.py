@@ -11,7 +11,7 @@ from qoq.formats.packing import unpack_nibbles
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight
 from qoq.quantize.grids import Grid, GroupGrid, make_grid, pack, refit
-from qoq.quantize.rounding import round_gptq
+from qoq.quantize.rounding import _Rows, round_gptq
 
 FORMATS = [WeightFormat(4, 32), WeightFormat(4, 64), WeightFormat(4), WeightFormat(8)]
 PACKED = {4: (GroupWeight, ChannelWeight), 8: (Int8Weight,)}
@@ -141,9 +141,11 @@ def test_columns_and_orders_of_a_grid() -> None:
     grid = make_grid(weight, WeightFormat(4, 32), None)
     codes = grid.codes(weight)
     assert torch.equal(grid.channels(order).codes(weight[:, order]), codes[:, order])
+    rows = _Rows(grid)
     for k in (0, 31, 32, 95):
-        assert torch.equal(grid.column(k).codes(weight[:, k : k + 1]), codes[:, k : k + 1])
-        assert torch.equal(grid.column(k).values(codes[:, k : k + 1]), grid.values(codes)[:, [k]])
+        one, value = rows.nearest(k, weight[:, k])
+        assert torch.equal(one, codes[:, k])
+        assert torch.equal(value, grid.values(codes)[:, k])
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

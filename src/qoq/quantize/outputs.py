@@ -60,8 +60,9 @@ def reorder(block: Block, stats: LayerStatistics, consumer: str) -> None:
         group = config.num_heads // config.num_kv_heads
         per_head = x_max.reshape(config.num_kv_heads, group, dim)[:, 0]
         order = torch.argsort(per_head, dim=1, stable=True)  # [Hkv, D]
-        rows = (order + torch.arange(config.num_kv_heads)[:, None] * dim).flatten()
-        heads = torch.arange(config.num_heads)[:, None] * dim
+        kv_heads = torch.arange(config.num_kv_heads, device=order.device)[:, None] * dim
+        rows = (order + kv_heads).flatten()
+        heads = torch.arange(config.num_heads, device=order.device)[:, None] * dim
         columns = (order.repeat_interleave(group, dim=0) + heads).flatten()
         _permute_rows(block, producer, rows)
         values = stats.samples["values"]

@@ -5,6 +5,7 @@ Each stage of a block is computed once per stream, in chunks; between stages row
 memory does not grow with the amount of text.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ class RowFile:
 
     def holds(self, tokens: int) -> bool:
         return self.path.is_file() and self.path.stat().st_size == tokens * self.width * 4
+
+    def sync(self) -> None:
+        """Flush to disk: a layer counts as finished only with its output rows safe."""
+        with disk_errors(self.path.parent), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
