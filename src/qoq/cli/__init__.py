@@ -1,6 +1,6 @@
 """The command line, one module per verb; a verb imports what it needs when it is called.
 
-app        the verbs put together        terminal   errors, JSON, progress bars
+app        the verbs put together        terminal   errors, JSON, progress
 options    options that verbs share
 """
 

@@ -5,15 +5,24 @@ from typing import Annotated
 import typer
 
 from qoq import __version__
-from qoq.cli import eval as evaluation
+from qoq.cli.chat import chat
+from qoq.cli.check_env import check_env
+from qoq.cli.eval_ppl import ppl
+from qoq.cli.eval_table import render, table
+from qoq.cli.generate import generate
+from qoq.cli.inspect import inspect
+from qoq.cli.qserve import export_qserve, import_qserve
+from qoq.cli.quantize import quantize
 
 app = typer.Typer(
     name="qoq",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 def _version(wanted: bool) -> None:
@@ -32,15 +41,25 @@ def root(
 
     The usual way:
 
-      qoq quantize MODEL -o OUT
+        qoq quantize MODEL -o OUT
 
-      qoq eval ppl OUT --reference MODEL
+        qoq eval ppl OUT --reference MODEL
 
-      qoq generate OUT --prompt "Once upon a time"
+        qoq generate OUT --prompt "Once upon a time"
 
     MODEL is a folder or a hub id. `qoq VERB --help` explains each verb; --json gives one JSON
-    object on stdout, with everything else on stderr.
+    object on stdout, with everything else on stderr. Errors are one sentence and status 1.
     """
 
 
-app.add_typer(evaluation.app, name="eval")
+app.command()(quantize)
+app.add_typer(evaluation, name="eval", help="Measure accuracy: perplexity, KL, top-1 agreement.")
+evaluation.command()(ppl)
+evaluation.command()(table)
+evaluation.command()(render)
+app.command()(inspect)
+app.command()(generate)
+app.command()(chat)
+app.command("import-qserve")(import_qserve)
+app.command("export-qserve")(export_qserve)
+app.command("check-env")(check_env)

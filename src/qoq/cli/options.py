@@ -4,6 +4,10 @@ from typing import Annotated
 
 import typer
 
+CHECKPOINT = Annotated[str, typer.Argument(help="A packed checkpoint, as `qoq quantize` writes.")]
+ANY_MODEL = Annotated[
+    str, typer.Argument(help="Packed checkpoint, or a full-precision folder or hub id.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, no more.")]
 CALIBRATION = Annotated[
     str,
@@ -12,5 +16,14 @@ CALIBRATION = Annotated[
         "`datasets` package), or built-in (public-domain prose)."
     ),
 ]
-SAMPLES = Annotated[int, typer.Option(help="Calibration samples.")]
 SEED = Annotated[int, typer.Option(help="Chooses the samples; the same seed gives the same bytes.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+MAX_TOKENS = Annotated[int, typer.Option(help="New tokens at most.")]
+TEMPERATURE = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TOP_P = Annotated[
+    float, typer.Option(help="Choose among the likeliest tokens that add up to this; 1: all.")
+]
+TOP_K = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")]
+SAMPLING_SEED = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same text. Default: random.")
+]

@@ -1,12 +1,14 @@
-"""What every verb shares: errors as one sentence, JSON alone on stdout, bars on stderr."""
+"""What every verb shares: errors as one sentence, JSON alone on stdout, progress on stderr."""
 
 import functools
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -23,6 +25,7 @@ from qoq.errors import QoqError
 
 P = ParamSpec("P")
 INTERRUPTED = 130
+LINE_SECONDS = 10  # between lines of progress where there is no terminal to draw a bar on
 
 
 def verb(hint: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -55,7 +58,7 @@ def verb(hint: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
     return wrap
 
 
-def fail(sentence: str, status: int = 1) -> None:
+def fail(sentence: str, status: int = 1) -> NoReturn:
     """Print one sentence to stderr and leave with ``status``."""
     note(f"qoq: {sentence}")
     raise typer.Exit(status)
@@ -67,23 +70,40 @@ def note(text: str) -> None:
 
 
 def emit(value: dict[str, Any]) -> None:
-    """The one JSON object of --json."""
-    print(json.dumps(value, indent=2, allow_nan=False), flush=True)
+    """The one JSON object of --json; numbers without bounds become null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar with ETA on stderr; call the yielded function with (done, total, what now)."""
+    """Progress with ETA on stderr: call the yielded function with (done, total, what now).
+
+    A terminal gets a bar, a log a line now and then; ``quiet`` nothing.
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda done, total, now="": None
+        return
+    if not console.is_terminal:
+        yield _lines(what)
+        return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
+        TextColumn("{task.description}"),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, disable=quiet or not console.is_terminal, console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=None)
 
         def update(done: int, total: int, now: str = "") -> None:
@@ -92,6 +112,32 @@ def bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
         yield update
 
 
-def finite(value: float | None) -> float | None:
-    """JSON knows no infinity: null instead."""
-    return value if value is None or abs(value) < float("inf") else None
+def _lines(what: str) -> Callable[..., None]:
+    start = time.monotonic()
+    shown = start
+
+    def update(done: int, total: int, now: str = "") -> None:
+        nonlocal shown
+        at = time.monotonic()
+        if at - shown < LINE_SECONDS:
+            return
+        shown = at
+        eta = f", ETA {duration((at - start) * (total - done) / done)}" if done else ""
+        note(f"{what} {done}/{total}{eta}" + (f": {now}" if now else ""))
+
+    return update
+
+
+def duration(seconds: float) -> str:
+    """Like 0:42 or 1:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} bytes"

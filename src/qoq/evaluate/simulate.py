@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qoq.errors import SchemeError
 from qoq.formats.scheme import QuantScheme
@@ -26,6 +27,10 @@ class Calibrated:
     samples: int = 128
     seq_len: int = 1024
     seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is recorded beside results."""
+        return {**asdict(self), "source": Path(self.source).name}
 
 
 def parse_simulation(name: str) -> tuple[str, Recipe]:

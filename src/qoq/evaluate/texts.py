@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qoq.errors import TextError
+from qoq.errors import CalibrationError, TextError
+from qoq.quantize.calibration import load_calibration
 from qoq.tokenizer import Tokenizer
 
 # Dataset name -> file names it may have beside a model.
@@ -117,3 +118,23 @@ def _read_hub(name: str, repo: str, config: str) -> str:
     if not content.strip():
         raise TextError(f"The dataset {name} holds no text.")
     return content
+
+
+def held_back(
+    calibration: str, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, limit: int
+) -> Tensor | None:
+    """int64 [n <= limit, seq_len]: windows of the calibration text that the job did not draw.
+
+    None where the text has no more windows than ``samples``.
+    """
+    for extra in range(limit, 0, -1):
+        try:
+            more = load_calibration(calibration, tokenizer, samples + extra, seq_len, seed).ids
+        except CalibrationError:
+            continue
+        # Drawing more windows with the same seed draws the same ones and then others.
+        used = load_calibration(calibration, tokenizer, samples, seq_len, seed).ids
+        seen = {row.numpy().tobytes() for row in used}
+        left = [row for row in more if row.numpy().tobytes() not in seen]
+        return torch.stack(left) if left else None
+    return None

@@ -1,21 +1,18 @@
-"""``qoq eval``: perplexity and distance from full precision; tables of many schemes."""
+"""``qoq eval ppl``: perplexity of one model and its distance from full precision."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qoq.cli.options import CALIBRATION, JSON, SAMPLES, SEED
-from qoq.cli.terminal import bar, emit, finite, note, verb
+from qoq.cli.options import CALIBRATION, JSON, SEED
+from qoq.cli.terminal import bar, emit, note, verb
 
 if TYPE_CHECKING:
     from qoq.evaluate.perplexity import Result
     from qoq.evaluate.texts import Text
 
-app = typer.Typer(no_args_is_help=True, help="Measure accuracy: perplexity, KL, top-1 agreement.")
 
-
-@app.command()
 @verb()
 def ppl(
     model: Annotated[str, typer.Argument(help="Packed checkpoint, source folder or hub id.")],
@@ -52,7 +49,7 @@ def ppl(
         ),
     ] = None,
     calibration: CALIBRATION = "built-in",
-    samples: SAMPLES = 128,
+    samples: Annotated[int, typer.Option(help="Calibration samples (with --scheme).")] = 128,
     calibration_seq_len: Annotated[
         int, typer.Option(help="Tokens per calibration sample (with --scheme).")
     ] = 1024,
@@ -71,9 +68,9 @@ def ppl(
 
     Examples:
 
-      qoq eval ppl OUT --reference MODEL --dataset wikitext2
+        qoq eval ppl OUT --reference MODEL --dataset wikitext2
 
-      qoq eval ppl MODEL --scheme rtn-w4a8kv4-g128 --text book.txt --windows 8
+        qoq eval ppl MODEL --scheme rtn-w4a8kv4-g128 --text book.txt --windows 8
 
     --json prints: model, scheme, text, seq_len, windows, perplexity, tokens, kl_mean, kl_p99,
     top1_agreement (null without a reference; a perplexity beyond all bounds is null too).
@@ -110,7 +107,6 @@ def ppl(
         "seq_len": length,
         "windows": len(parts),
         **result.to_dict(),
-        "perplexity": finite(result.perplexity),
     }
     if json:
         emit(answer)

@@ -1,0 +1,45 @@
+"""``qoq check-env``: what this machine has, and what really runs each op."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qoq.cli.options import JSON
+from qoq.cli.terminal import emit, verb
+
+
+@verb()
+def check_env(
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu", json: JSON = False
+) -> None:
+    """Show versions, hardware and, per op, the implementation that runs.
+
+    --json prints: qoq_version, hardware (cpu, cores, threads, memory_gb, torch, python, system),
+    memory_free_gb, gpus (names), device, ops (op -> implementation).
+    """
+    import psutil
+    import torch
+
+    from qoq import __version__
+    from qoq.evaluate.provenance import hardware
+    from qoq.kernels.dispatch import describe
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {
+        "qoq_version": __version__,
+        "hardware": hardware(),
+        "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "gpus": gpus,
+        "device": device,
+        "ops": dict(describe(device)),
+    }
+    if json:
+        emit(facts)
+        return
+    machine = facts["hardware"]
+    print(f"qoq {__version__}, torch {machine['torch']}, Python {machine['python']}")
+    print(f"{machine['cpu']}: {machine['cores']} cores, torch uses {machine['threads']} threads")
+    print(f"memory: {machine['memory_gb']} GB, free {facts['memory_free_gb']} GB")
+    print(f"GPUs: {', '.join(gpus) or 'none'}")
+    for op, what in facts["ops"].items():
+        print(f"{op:16} {what}")
