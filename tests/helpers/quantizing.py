@@ -18,6 +18,7 @@ from qoq.quantize.block import Block
 from qoq.quantize.blocks import observe
 from qoq.quantize.replay import FLOAT_KV, Replay, StreamReplay
 from qoq.quantize.statistics import LayerStatistics
+from qoq.tokenizer import Tokenizer
 
 PAGE = 64
 
@@ -115,8 +116,12 @@ def correlated(rows: int, columns: int, *, rank: int = 8, noise: float = 0.2) ->
 
 
 def write_job(folder: Path, *, characters: int = 6000, **model: Any) -> tuple[Path, Path]:
-    """A tiny Llama in ``folder/model`` and a calibration text; returns both paths."""
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    """A tiny Llama in ``folder/model`` and a calibration text; returns both paths.
+
+    Its weights are small enough that a 4-bit model still says nearly the same.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    sizes |= {"initializer_range": 0.05}
     write_tiny_llama(folder / "model", **{**sizes, **model})
     text = folder / "text.txt"
     text.write_text(random_text(characters), encoding="utf-8")
@@ -124,8 +129,19 @@ def write_job(folder: Path, *, characters: int = 6000, **model: Any) -> tuple[Pa
 
 
 def random_text(characters: int, seed: int = 0) -> str:
-    """Letters and spaces, the same for the same seed."""
+    """Printable ASCII, every character as likely; the same for the same seed."""
     random = torch.Generator().manual_seed(seed)
-    letters = "etaoin shrdlu"
-    chosen = torch.randint(len(letters), (characters,), generator=random)
-    return "".join(letters[i] for i in chosen.tolist())
+    codes = torch.randint(32, 127, (characters,), generator=random)
+    return "".join(chr(code) for code in codes.tolist())
+
+
+def text_ids(folder: Path, *, windows: int = 2, length: int = 60) -> Tensor:
+    """Windows int64 [windows, length] of such a text, one that no job is calibrated with."""
+    ids = Tokenizer.load(folder).encode(random_text(2 * windows * length, seed=99))
+    return torch.tensor(ids[: windows * length]).reshape(windows, length)
+
+
+def divergence(wanted: Tensor, got: Tensor) -> float:
+    """Mean KL divergence per row of logits, in nats."""
+    p, q = wanted.log_softmax(-1), got.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

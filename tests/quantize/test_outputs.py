@@ -95,7 +95,7 @@ def test_statistics_follow_both_passes(name: str, consumer: str, tmp_path: Path)
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_smoothing_undoes_outlier_channels(consumer: str, tmp_path: Path) -> None:
-    """Channels of a producer times 60, divided out of the consumer: the choice divides them back."""
+    """Producer channels times 60, divided out of the consumer: the choice divides them back."""
     config, tensors, _ = model_of("llama-gqa-linear")
     block, rows = block_of(config, tensors), torch.randn(3, 48, config.hidden_size)
     plain = weight_and_input_error(block, statistics_of(block, rows, tmp_path), consumer)
