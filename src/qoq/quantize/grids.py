@@ -24,6 +24,7 @@ from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight, PackedWe
 # Fractions cut off either end of a range; the first must be 0 (no clipping).
 GROUP_SHRINKS = tuple(0.07 * i for i in range(5))
 CHANNEL_SHRINKS = tuple(0.025 * i for i in range(21))
+SLICE_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -146,51 +147,36 @@ def _int8_grid(weight: Tensor) -> Grid:
 
 
 def _channel_grid(weight: Tensor, importance: Tensor, search: bool) -> Grid:
+    parts = [_search_channels(rows, importance, search) for rows in _row_slices(weight)]
+    scale, offset = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Grid(scale, offset, torch.full_like(scale, 15), _share(weight, None))
+
+
+def _search_channels(weight: Tensor, importance: Tensor, search: bool) -> tuple[Tensor, Tensor]:
+    """Best scale and offset fp32 [n, 1] of rows [n, K]."""
     low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
     share, top = _share(weight, None), torch.full_like(low, 15)
-    best = least = None
+    best_scale, best_offset = torch.ones_like(low), low
+    least = torch.full_like(low, torch.inf)
     for shrink in CHANNEL_SHRINKS if search else (0.0,):
         offset = low * (1 - shrink)
         scale = (high * (1 - shrink) - offset) / 15
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         grid = Grid(scale, offset, top, share)
-        error = ((grid.values(grid.codes(weight)) - weight).square() @ importance)[:, None]
-        if best is None or least is None:
-            best, least = grid, error
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Grid(
-            torch.where(better, scale, best.scale),
-            torch.where(better, offset, best.offset),
-            top,
-            share,
-        )
-    assert best is not None  # the first shrink always runs
-    return best
+        cost = ((grid.values(grid.codes(weight)) - weight).square() @ importance)[:, None]
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
+    return best_scale, best_offset
 
 
 def _group_grid(weight: Tensor, size: int, importance: Tensor, search: bool) -> Grid:
     channel = channel_scales(weight)
-    w8 = (weight / channel[:, None]).unflatten(1, (-1, size))  # [N, K/G, G]
     weights = importance.reshape(-1, size)
-    low, high = w8.amin(dim=-1), w8.amax(dim=-1)
-    shrinks = GROUP_SHRINKS if search else (0.0,)
-    scale = offset = least = None
-    for a in shrinks:
-        for b in shrinks:
-            for ceil in (True, False):
-                s, o = group_qparams(low * (1 - a), high * (1 - b), ceil=ceil)
-                error = group_values(group_codes(w8, s, o), s, o) - w8
-                cost = (error.square_() * weights).sum(dim=-1)
-                if scale is None or offset is None or least is None:
-                    scale, offset, least = s, o, cost
-                    continue
-                better = cost < least
-                least = torch.where(better, cost, least)
-                scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
-    assert scale is not None  # the first candidate always runs
-    assert offset is not None
+    w8 = (weight / channel[:, None]).unflatten(1, (-1, size))  # [N, K/G, G]
+    parts = [_search_groups(rows, weights, search) for rows in _row_slices(w8)]
+    scale, offset = (torch.cat(column) for column in zip(*parts, strict=True))
     by = channel[:, None]
     return GroupGrid(
         scale.float() * by,
@@ -202,3 +188,29 @@ def _group_grid(weight: Tensor, size: int, importance: Tensor, search: bool) -> 
         scale,
         offset,
     )
+
+
+def _search_groups(w8: Tensor, importance: Tensor, search: bool) -> tuple[Tensor, Tensor]:
+    """Best group_scale uint8 and group_offset int8 [n, K/G] of groups w8 [n, K/G, G]."""
+    low, high = w8.amin(dim=-1), w8.amax(dim=-1)
+    best_scale, best_offset = group_qparams(low, high, ceil=True)
+    least = torch.full_like(low, torch.inf)
+    shrinks = GROUP_SHRINKS if search else (0.0,)
+    for a in shrinks:
+        for b in shrinks:
+            for ceil in (True, False):
+                scale, offset = group_qparams(low * (1 - a), high * (1 - b), ceil=ceil)
+                error = group_values(group_codes(w8, scale, offset), scale, offset) - w8
+                cost = (error.square_() * importance).sum(dim=-1)
+                better = cost < least
+                least = torch.where(better, cost, least)
+                best_scale = torch.where(better, scale, best_scale)
+                best_offset = torch.where(better, offset, best_offset)
+    return best_scale, best_offset
+
+
+def _row_slices(weight: Tensor) -> tuple[Tensor, ...]:
+    """Slices of rows that stay in a core's cache while a search goes over them many times."""
+    rows = max(1, SLICE_ELEMENTS * len(weight) // max(1, weight.numel()))
+    slices: tuple[Tensor, ...] = weight.split(rows)
+    return slices
