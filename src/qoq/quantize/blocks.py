@@ -94,6 +94,7 @@ def transform(
         smooth_output(block, statistics, consumer, recipe.smooth_output_alphas, scheme)
     if recipe.rotate_heads:
         rotate.rotate_heads(block)
+        statistics.rotate_heads("self_attn.o_proj")
     for consumer in recipe.reorder:
         reorder(block, statistics, consumer)
 

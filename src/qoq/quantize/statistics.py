@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qoq.formats.hadamard import rotate_last
 from qoq.kernels.kv_append import apply_rope
 from qoq.models.config import ModelConfig
 
@@ -56,6 +57,18 @@ class LayerStatistics:
     def sample(self, name: str) -> Tensor:
         """The sampled rows of "keys", "values" or a linear's input."""
         return torch.cat(self.samples[name])
+
+    def rotate_heads(self, linear: str) -> None:
+        """Follow a rotation of the value heads; ``linear`` reads them mixed.
+
+        Its absmax is then that of the sampled rows: maxima do not survive a rotation.
+        """
+        dim = self.config.head_dim
+        self.samples["values"] = [rotate_last(v) for v in self.samples["values"]]
+        self.samples[linear] = [
+            rotate_last(x.unflatten(1, (-1, dim))).flatten(1) for x in self.samples[linear]
+        ]
+        self.absmax[linear] = self.sample(linear).abs().amax(dim=0)
 
     def _max(self, name: str, value: Tensor) -> None:
         old = self.absmax.get(name)
