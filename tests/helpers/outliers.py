@@ -132,16 +132,18 @@ def write_qwen2(
     seed: int = 0,
     channels: int = 8,
     size: float = KEY_BIAS,
+    layers: int = 1,
     outliers: Outliers | None = None,
 ) -> Path:
     """A Qwen2 made from a Llama folder: rope_theta 1e6, and key channels that are nearly constant.
 
-    ``channels`` of layer 0's key channels, on low-frequency RoPE pairs and spread over its KV
-    heads, get a bias of about ``size`` either way. Theta and bias change the function: what
-    quantization is compared with is this model in full precision.
+    ``channels`` key channels of each of the first ``layers`` layers, on low-frequency RoPE pairs
+    and spread over the KV heads, get a bias of about ``size`` either way. Theta and bias change
+    the function: what quantization is compared with is this model in full precision.
     """
     raw, tensors = _read(source)
-    raw = {k: v for k, v in raw.items() if k not in ("attention_bias", "mlp_bias", "head_dim")}
+    if raw.get("model_type") != "llama" or raw.get("attention_bias"):
+        raise ValueError(f"{source} is no Llama without biases")
     raw |= {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -153,8 +155,18 @@ def write_qwen2(
     for index in range(config.num_layers):
         for part, width in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
             tensors[f"{layer_prefix(index)}self_attn.{part}_proj.bias"] = torch.zeros(width)
+    for index in range(layers):
+        bias = _slow_bias(config, channels, size, random)
+        tensors[f"{layer_prefix(index)}self_attn.k_proj.bias"] = bias
+    if outliers is not None:
+        tensors = add_outliers(config, tensors, outliers)
+    return _write(source, out, raw, tensors)
+
+
+def _slow_bias(config: ModelConfig, channels: int, size: float, random: torch.Generator) -> Tensor:
+    """A key bias [Hkv * D] with a few large entries, one per RoPE pair, on the slowest pairs."""
     bias = torch.zeros(config.num_kv_heads, 2, config.head_dim // 2)
-    slow = bias.shape[2] // 4  # the slowest quarter of the pairs
+    slow = bias.shape[2] // 4
     for i in range(channels):
         head, half = i % config.num_kv_heads, int(torch.randint(2, (), generator=random))
         free = (bias[head, :, -slow:] == 0).all(dim=0).nonzero()[:, 0]
@@ -162,10 +174,7 @@ def write_qwen2(
         sign = 1 - 2 * int(torch.randint(2, (), generator=random))
         near = 0.9 + 0.2 * float(torch.rand((), generator=random))
         bias[head, half, pair] = sign * near * size
-    tensors[f"{layer_prefix(0)}self_attn.k_proj.bias"] = bias.flatten()
-    if outliers is not None:
-        tensors = add_outliers(config, tensors, outliers)
-    return _write(source, out, raw, tensors)
+    return bias.flatten()
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,13 +9,16 @@ from pathlib import Path
 import psutil
 import torch
 
+from qoq.checkpoint.partial import SUFFIX
 from qoq.errors import ResourceError
 from qoq.formats.scheme import QuantScheme
-from qoq.models.anatomy import layer_linears, packed_tensors
+from qoq.models.anatomy import EMBED, LM_HEAD, layer_linears, packed_tensors
 from qoq.models.config import ModelConfig
 from qoq.quantize.recipe import Recipe
 
 _LIBRARIES = 0.6e9  # bytes: interpreter, torch and its allocator's slack
+_HALVES = (EMBED, f"{LM_HEAD}.weight")
+_CGROUP = Path("/sys/fs/cgroup")
 _PROBE = 768  # side of the matrix product that measures this machine
 
 
@@ -52,9 +55,10 @@ def make_plan(
     chunk = 4 * 4096 * (4 * inner + 8 * hidden)
     ends = 4 * embedding + 4 * 16 * 4096 * hidden
     rows = 4.0 * tokens * (4 * hidden + config.q_size) * streams
+    # Floats are fp16 at the two ends, fp32 within layers.
     out = sum(
-        _size(shape) * (2 if dtype is None else dtype.itemsize)
-        for shape, dtype in packed_tensors(config, scheme, recipe.center_keys).values()
+        _size(shape) * (dtype.itemsize if dtype else 2 if name in _HALVES else 4)
+        for name, (shape, dtype) in packed_tensors(config, scheme, recipe.center_keys).items()
     )
     replays = 2.6 * streams + (1.6 if tokens else 0)
     squares = sum({s.input: s.in_features**2 for s in linears}.values())
@@ -77,7 +81,7 @@ def check_plan(plan: Plan, out: Path, device: torch.device) -> None:
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    need = plan.disk_out + plan.disk_work
+    need = plan.disk_out + plan.disk_work - _written(out)
     if need > free:
         raise ResourceError(
             f"This needs about {need / 1e9:.2f} GB of disk under {parent}; {free / 1e9:.2f} GB are "
@@ -89,11 +93,21 @@ def _memory_at_hand() -> float:
     """Bytes this process may still take: free memory, or what its cgroup leaves of its limit."""
     available = float(psutil.virtual_memory().available)
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = float((_CGROUP / "memory.current").read_text())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
     except OSError:
         return available
+    # The page cache counts as used, but gives way: a model just downloaded is no obstacle.
+    cache = {name: float(size) for name, size in (line.split() for line in lines)}
+    used -= cache.get("inactive_file", 0.0) + cache.get("active_file", 0.0)
     return available if limit == "max" else min(available, float(limit) - used)
+
+
+def _written(out: Path) -> int:
+    """Bytes an interrupted run left, which a resumed one will not need again."""
+    partial = out.absolute().parent / (out.name + SUFFIX)
+    return sum(f.stat().st_size for f in partial.iterdir()) if partial.is_dir() else 0
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -53,9 +53,8 @@ class Recipe:
         for key, value in data.items():
             default = getattr(cls, key, "")
             number = isinstance(default, float) and type(value) is int
-            if not number and not isinstance(
-                value, list | tuple if isinstance(default, tuple) else type(default)
-            ):
+            listed = isinstance(default, tuple) and isinstance(value, list | tuple)
+            if not (number or listed or type(value) is type(default)):  # true is no number
                 raise SchemeError(
                     f"Recipe field {key} must be a {type(default).__name__}, not {value!r}."
                 )
