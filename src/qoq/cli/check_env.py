@@ -24,6 +24,7 @@ def check_env(
     from qoq.evaluate.provenance import hardware
     from qoq.kernels.dispatch import describe
 
+    check_device(device)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = {
         "qoq_version": __version__,
@@ -43,3 +44,16 @@ def check_env(
     print(f"GPUs: {', '.join(gpus) or 'none'}")
     for op, what in facts["ops"].items():
         print(f"{op:16} {what}")
+
+
+def check_device(device: str) -> None:
+    """Raise BackendUnavailable, with the cause, for a device that torch cannot use here."""
+    import torch
+
+    from qoq.errors import BackendUnavailable
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch says that there is none
+        cause = str(error).strip().splitlines()[0]
+        raise BackendUnavailable(f"Device {device!r} cannot be used here ({cause}).") from None

@@ -56,8 +56,9 @@ def generate(
         prompt = sys.stdin.read()
     llm = LLM(model)
     if not json:
+        pieces = llm.stream(prompt, params)  # a prompt that cannot be run is refused here
         print(prompt, end="", flush=True)
-        for piece in llm.stream(prompt, params):
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return

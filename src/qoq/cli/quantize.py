@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qoq.cli.check_env import check_device
 from qoq.cli.options import CALIBRATION, JSON, OVERWRITE, SEED
 from qoq.cli.terminal import bar, duration, emit, note, size, verb
 from qoq.quantize.recipe import PASS_NAMES
@@ -92,7 +93,7 @@ def quantize(
 
     parsed = QuantScheme.parse(scheme)
     chosen = _recipe(recipe, parsed, without or [], k_rotation)
-    _check_device(device)
+    check_device(device)
     folder = resolve_source(model)
     windows = None if no_eval else _Windows(folder, eval_text, eval_windows)
     if windows is not None:
@@ -167,18 +168,6 @@ def _recipe(name: str, scheme: "QuantScheme", without: list[str], k_rotation: bo
     for pass_name in without:
         recipe = recipe.without(pass_name)
     return replace(recipe, rotate_keys=True) if k_rotation else recipe
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    from qoq.errors import BackendUnavailable
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # how torch says that there is none
-        cause = str(error).strip().splitlines()[0]
-        raise BackendUnavailable(f"Device {device!r} cannot be used here ({cause}).") from None
 
 
 def _judge(folder: Path, path: Path, windows: _Windows, *, quiet: bool) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Which rows the accuracy tables have: schemes and recipes as data (the paper's table 4, wider)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qoq.errors import SchemeError
@@ -17,7 +17,26 @@ PARTS = {
     "values": "w16a16k16v4",
     "all, groups of 128": GROUP,
 }
-TABLES = ("accuracy", "parts", "leave-one-out")
+# Keys alone: how each way of preparing them fares when nothing else is quantized.
+_KEYS = {
+    "as they are": RTN,
+    "SmoothAttention, alpha 0.5": replace(RTN, smooth_attention=((0.5, 0.0),)),
+    "SmoothAttention, alpha 0.7": replace(RTN, smooth_attention=((0.7, 0.0),)),
+    "SmoothAttention, chosen": replace(RTN, smooth_attention=QOQ.smooth_attention),
+    "centering": replace(RTN, center_keys=True),
+    "centering + SmoothAttention, alpha 0.5": replace(
+        RTN, center_keys=True, smooth_attention=((0.5, 0.0),)
+    ),
+    "centering + SmoothAttention, chosen (the recipe)": replace(
+        RTN, center_keys=True, smooth_attention=QOQ.smooth_attention
+    ),
+    "Hadamard": replace(RTN, rotate_keys=True),
+    "centering + Hadamard": replace(RTN, center_keys=True, rotate_keys=True),
+    "centering + Hadamard + SmoothAttention, chosen": replace(
+        RTN, center_keys=True, rotate_keys=True, smooth_attention=QOQ.smooth_attention
+    ),
+}
+TABLES = ("accuracy", "parts", "keys", "leave-one-out")
 ROWS = ("quick", *TABLES, "full")
 
 
@@ -87,6 +106,10 @@ def make_tables(
             Case(f"{r.name}: {part}", scheme, r)
             for part, scheme in PARTS.items()
             for r in (RTN, recipe)
+        ],
+        "keys": [
+            *(Case(label, PARTS["keys"], keys) for label, keys in _KEYS.items()),
+            Case("8-bit keys, as they are", "w16a16k8v16"),
         ],
         "leave-one-out": [
             Case(recipe.name, GROUP, recipe),
