@@ -1,4 +1,5 @@
-# make demo    quantize the bundled model, print the accuracy table, generate text
+# make demo    quantize the bundled model, print an accuracy table, generate text (minutes)
+# make accuracy    measure every row of docs/accuracy.md and write it anew (hours)
 # make test    run the tests
 # make lint    ruff, ruff format --check, mypy            make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
@@ -19,11 +20,16 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo accuracy test lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+accuracy: $(STAMP)
+	$(BIN)/qoq eval table examples/books-llama --rows full --resume \
+	    --calibration examples/books-llama/calibration.txt --save benchmarks/results/accuracy.json
+	$(BIN)/qoq eval render benchmarks/results/accuracy.json --into docs/accuracy.md --into README.md
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

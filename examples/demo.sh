@@ -13,15 +13,20 @@ say "Quantize $model to W4A8KV4 g128"
 if [ -e "$out/config.json" ]; then
   echo "$out is there already; remove it to quantize again."
 else
-  qoq quantize "$model" -o "$out" --calibration "$model/calibration.txt"
+  qoq quantize "$model" -o "$out" \
+    --calibration "$model/calibration.txt" --eval-text "$model/heldout.txt"
 fi
 
-say "What it costs: every scheme and pass against full precision"
-qoq eval table "$model" --checkpoint "$out" \
-  --calibration "$model/calibration.txt" --text "$model/heldout.txt" --text "$model/wikitext2-test.txt"
+say "What it costs beside other schemes (a few rows; docs/accuracy.md has all, and every pass)"
+qoq eval table "$model" --rows quick --checkpoint "$out" \
+  --calibration "$model/calibration.txt" --save demo-out/accuracy-quick.json
 
 say "What is inside"
 qoq inspect "$out"
 
 say "Text from the packed checkpoint"
 qoq generate "$out" --prompt "It was a dark and stormy night, and" --max-tokens 64
+
+say "One turn of a chat (the model has read only novels)"
+qoq chat "$out" --message "My dear Watson, what do you make of it?" --max-tokens 48 \
+  --temperature 0.8 --top-p 0.95 --seed 1
