@@ -23,7 +23,8 @@ def table(
         str,
         typer.Option(
             help="quick (few rows, minutes), accuracy (every scheme, and the recipe's passes added "
-            "one by one), parts (weights, activations, keys, values alone), leave-one-out (the "
+            "one by one), parts (weights, activations, keys, values alone), keys (ways to prepare "
+            "them), leave-one-out (the "
             "recipe without each pass), or full (all of them; an hour and more)."
         ),
     ] = "quick",
