@@ -64,9 +64,12 @@ def test_table_saves_resumes_and_renders(tiny: Path, packed: Path, tmp_path: Pat
     by_label = {row["label"]: row["results"]["heldout"] for row in got["tables"]["accuracy"]}
     assert by_label["RTN, g128"] == by_label[labels[-1]]
     shown = run(*options, "--resume")
+    assert "measured anew" not in shown.stderr
     assert "accuracy: heldout, 1 windows of 48 tokens" in shown.stdout
     assert json.loads(file.read_text(encoding="utf-8"))["tables"] == got["tables"]
     assert "other settings" in refusal(*options, "--resume", "--seed", 7)
+    file.write_text(json.dumps({**got, "code": "older"}), encoding="utf-8")
+    assert "measured anew" in run(*options, "--resume").stderr
     document.write_text("<!-- summary:begin -->\n<!-- summary:end -->\n", encoding="utf-8")
     filled = answer("eval", "render", file, "--into", document)
     assert filled["filled"] == [str(document)]

@@ -16,12 +16,14 @@ def test_facts() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
     assert facts["hardware"]["cores"] >= 1
     assert facts["hardware"]["memory_gb"] > 0
+    assert facts["code"] is None or re.fullmatch(r"[0-9a-f]{12}", facts["code"])
     assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", facts["commit"])
 
 
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() is None
+    assert provenance.code() is None
 
 
 def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_passes_are_added_in_order_up_to_the_whole_recipe() -> None:
 
 def test_the_tables_hold_what_the_docs_promise() -> None:
     full = make_tables("full")
-    assert set(full) == {"accuracy", "parts", "leave-one-out"}
+    assert set(full) == {"accuracy", "parts", "keys", "leave-one-out"}
     labels = [case.label for case in full["accuracy"]]
     assert labels[:4] == ["full precision", "W8A8", "RTN, per channel", "RTN, g128"]
     assert labels[-4:] == [

@@ -24,8 +24,7 @@ def table(
         typer.Option(
             help="quick (few rows, minutes), accuracy (every scheme, and the recipe's passes added "
             "one by one), parts (weights, activations, keys, values alone), keys (ways to prepare "
-            "them), leave-one-out (the "
-            "recipe without each pass), or full (all of them; an hour and more)."
+            "them), leave-one-out (the recipe without each pass), or full (all; hours)."
         ),
     ] = "quick",
     recipe: Annotated[str, typer.Option(help="The recipe to take apart.")] = "qoq",
@@ -64,7 +63,10 @@ def table(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Take over rows of the --save file (same settings only)."),
+        typer.Option(
+            "--resume",
+            help="Take over rows of the --save file (same settings; measured by the same code).",
+        ),
     ] = False,
     json: JSON = False,
 ) -> None:
@@ -119,7 +121,13 @@ def table(
         ],
     }
     measured: dict[str, Any] = {**provenance(sys.argv[1:]), **settings, "tables": {}}
-    known = known_results(_load(save, settings), tables) if save and resume else {}
+    known = {}
+    if save and resume:
+        earlier = _load(save, settings)
+        if earlier and earlier.get("code") != measured["code"]:
+            note("The program has changed since those rows were measured: all are measured anew.")
+        else:
+            known = known_results(earlier, tables)
 
     def keep(name: str, row: Row) -> None:
         measured["tables"].setdefault(name, []).append(row.to_dict())
@@ -148,7 +156,7 @@ def render(
     """Turn saved results into markdown tables, in documents between markers.
 
     A document marks places with <!-- NAME:begin --> and <!-- NAME:end -->; NAME is accuracy,
-    summary (accuracy without the ablation's steps), parts, leave-one-out or provenance.
+    summary (accuracy without the ablation's steps), parts, keys, leave-one-out or provenance.
 
     Example:
 

@@ -20,6 +20,7 @@ def provenance(arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["qoq", *arguments]),
         "commit": commit(),
+        "code": code(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "qoq_version": __version__,
         "hardware": hardware(),
@@ -46,6 +47,15 @@ def commit() -> str | None:
     if not sha:
         return None
     return f"{sha}-dirty" if _git(here, "status", "--porcelain", "--", "..") else sha
+
+
+def code() -> str | None:
+    """Names the package's committed sources, whatever else a commit changes; None if they are not
+    known to be those (no git, or changed since).
+    """
+    here = Path(__file__).parent
+    changed = _git(here, "status", "--porcelain", "--", "..")
+    return None if changed else _git(here, "rev-parse", "--short=12", "HEAD:../") or None
 
 
 def _git(folder: Path, *arguments: str) -> str:
