@@ -17,7 +17,7 @@ from qoq.quantize.grids import make_grid
 from qoq.quantize.statistics import LayerStatistics
 
 GATE_PROJ, O_PROJ = "mlp.gate_proj", "self_attn.o_proj"
-SEARCH_ROWS = 512
+SEARCH_ROWS, SEARCH_OUTPUTS = 512, 512  # tokens and output channels that judge a factor
 _TINY = 1e-8
 
 
@@ -44,8 +44,10 @@ def smooth_output(
         factors.append(torch.where(dead, torch.ones_like(factor), factor))
     rows = stats.sample(consumer)
     rows = rows[:: max(1, len(rows) // SEARCH_ROWS)]
-    errors = [_output_error(block, stats, consumer, rows, f, scheme) for f in factors]
-    best = min(range(len(errors)), key=errors.__getitem__)
+    best = 0
+    if len(factors) > 1:
+        errors = [_output_error(block, stats, consumer, rows, f, scheme) for f in factors]
+        best = min(range(len(errors)), key=errors.__getitem__)
     names = [(0.0, 0.0), *candidates] if len(candidates) > 1 else list(candidates)
     block.notes[f"smooth {consumer}"] = list(names[best])
     _apply(block, stats, consumer, factors[best])
@@ -104,7 +106,7 @@ def _output_error(
     scheme: QuantScheme,
 ) -> float:
     """Squared output error on rows [n, K] after this factor, all formats of the scheme applied."""
-    weight = block.weight(consumer)
+    weight = _sampled_outputs(block, consumer)
     x, w = rows / factor, weight * factor
     if scheme.act_bits == 8:
         x = quantize_per_token(x).dequantize()
@@ -117,12 +119,18 @@ def _output_error(
     return error
 
 
+def _sampled_outputs(block: Block, consumer: str) -> Tensor:
+    """Some hundred evenly spaced rows of a weight: enough to rank factors by their error."""
+    weight = block.weight(consumer)
+    return weight[:: max(1, len(weight) // SEARCH_OUTPUTS)]
+
+
 def _value_error(block: Block, stats: LayerStatistics, factor: Tensor, bits: int) -> float:
     """Squared output error of coding values alone, as if each token attended to one key.
 
     Mixing many keys averages coding errors out; this upper bound ranks factors all the same.
     """
-    config, weight = block.config, block.weight(O_PROJ)
+    config, weight = block.config, _sampled_outputs(block, O_PROJ)
     values = stats.sample("values")
     values = values[:: max(1, len(values) // SEARCH_ROWS)]
     group = config.num_heads // config.num_kv_heads
