@@ -4,7 +4,7 @@
     PYTHONPATH=tests python benchmarks/outliers.py --render    # only fill the page again
 
 Results go to benchmarks/results/outliers.json after every case; ``--continue`` keeps those that
-are there. About 70 quantizations of the bundled model, an hour or two on two cores.
+are there. About 85 quantizations of the bundled model, an hour or so on two cores.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from helpers.outliers import KINDS, Outliers, write_qwen2, write_twin
+from helpers.outliers import Outliers, write_qwen2, write_twin
 from qoq.evaluate.perplexity import Reference, evaluate
 from qoq.evaluate.provenance import provenance
 from qoq.evaluate.render import fill
 from qoq.evaluate.simulate import Calibrated, simulate
 from qoq.evaluate.texts import read_text, windows
 from qoq.models.load import load_model
-from qoq.quantize.recipe import QOQ, RTN, Recipe
+from qoq.quantize.recipe import PASS_NAMES, QOQ, RTN, Recipe
 from qoq.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,12 @@ SCHEME = "w4a8kv4-g128"
 CALIBRATED = Calibrated(str(MODEL / "calibration.txt"), samples=32, seq_len=1024)
 WINDOWS, SEQ_LEN = 4, 2048
 PASSES = ("rotate", "center-keys", "smooth-attention", "smooth-outputs")
+RESCUERS = {
+    "norms": "rotate",
+    "keys": "smooth-attention",
+    "up": "smooth-outputs",
+    "values": "smooth-outputs",
+}
 BASES = ("original", "original, theta 1e6")
 
 
@@ -48,6 +54,7 @@ class Twin:
     outliers: Outliers | None = None
     bias: dict[str, Any] | None = None  # arguments of write_qwen2; None: stay a Llama
     base: str = BASES[0]
+    rescued_by: tuple[str, ...] = ()  # the passes to leave out of QoQ
     table: str = "kinds"
 
     def write(self, folder: Path) -> Path:
@@ -56,19 +63,29 @@ class Twin:
         return MODEL if self.outliers is None else write_twin(MODEL, folder, self.outliers)
 
     def recipes(self) -> dict[str, Recipe]:
-        if self.table == "unseen":
-            return {"RTN": RTN, "QoQ": QOQ}
-        return {"RTN": RTN, "QoQ": QOQ, **{f"without {p}": QOQ.without(p) for p in PASSES}}
+        found = {"RTN": RTN, "QoQ": QOQ}
+        if self.table == "kinds":
+            found |= {f"RTN + {name}": alone(name) for name in PASSES}
+            found |= {f"without {name}": QOQ.without(name) for name in self.rescued_by}
+        return found
+
+
+def alone(name: str) -> Recipe:
+    """Rounding to nearest with one pass of QoQ."""
+    field = PASS_NAMES[name]
+    alphas = QOQ.smooth_output_alphas
+    return replace(RTN, smooth_output_alphas=alphas, **{field: getattr(QOQ, field)})
 
 
 def twins() -> Iterator[Twin]:
-    yield Twin(BASES[0])
-    for kind in KINDS:
-        yield Twin(kind, Outliers(kinds=(kind,)))
+    yield Twin(BASES[0], rescued_by=PASSES)
+    for kind, name in RESCUERS.items():
+        yield Twin(kind, Outliers(kinds=(kind,)), rescued_by=(name,))
     yield Twin("all four", Outliers())
     yield Twin(BASES[1], bias={"size": 0.0})
-    yield Twin("key bias, layer 0", bias={}, base=BASES[1])
-    yield Twin("key bias, all layers", bias={"layers": 6}, base=BASES[1])
+    keys = ("center-keys", "smooth-attention")
+    yield Twin("key bias, layer 0", bias={}, base=BASES[1], rescued_by=keys[:1])
+    yield Twin("key bias, all layers", bias={"layers": 6}, base=BASES[1], rescued_by=keys)
     changes: tuple[dict[str, Any], ...] = (
         {"seed": 1},
         {"seed": 2, "strength": 0.3},
@@ -141,30 +158,27 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
 def render(measured: dict[str, Any]) -> dict[str, str]:
     """Marker name -> markdown."""
     rows = {row["name"]: row for row in measured["twins"]}
-    shown: dict[str, list[list[str]]] = {"kinds": [], "unseen": []}
-    for row in rows.values():
-        base = rows[row["base"]]["results"]["QoQ"]
-        results = row["results"]
-        ideal, rtn, qoq = (results[n] for n in ("full precision", "RTN", "QoQ"))
-        line = [
-            row["name"],
-            f"{rtn['perplexity'] / ideal['perplexity'] - 1:+.1%}",
-            f"{rtn['kl_mean'] * 1e3:.1f}",
-            f"{qoq['perplexity'] / ideal['perplexity'] - 1:+.2%}",
-            f"{qoq['kl_mean'] * 1e3:.2f}",
-        ]
-        if row["table"] == "kinds":
-            line += _without(results)
-        else:
-            line.append(f"{qoq['perplexity'] / base['perplexity'] - 1:+.2%}")
-            line.append(f"{qoq['kl_mean'] / base['kl_mean']:.2f}")
-        shown[row["table"]].append(line)
-    heads = ["twin", "RTN: ppl", "KL", "QoQ: ppl", "KL"]
     calibration, machine = measured["calibration"], measured["hardware"]
     commits = dict.fromkeys(row["commit"] for row in rows.values())
+    kinds = [row for row in rows.values() if row["table"] == "kinds"]
+    heads = ["twin", "RTN: ppl", "KL", "QoQ: ppl", "KL"]
+    versus = [*heads, "ppl / base", "KL / base"]
+    left_out = [f"KL without {name}" for name in PASSES]
     return {
-        "outliers-kinds": _table([*heads, *(f"KL without {p}" for p in PASSES)], shown["kinds"]),
-        "outliers-unseen": _table([*heads, "ppl / base", "KL / base"], shown["unseen"]),
+        "outliers-nearest": _table(
+            ["twin", "RTN", *(f"+ {name}" for name in PASSES)], [_nearest(row) for row in kinds]
+        ),
+        "outliers-kinds": _table(
+            [*heads, *left_out], [_figures(row) + _without(row["results"]) for row in kinds]
+        ),
+        "outliers-unseen": _table(
+            versus,
+            [
+                _figures(row) + _versus(row["results"], rows[row["base"]]["results"])
+                for row in rows.values()
+                if row["name"] not in BASES
+            ],
+        ),
         "outliers-provenance": "\n".join(
             [
                 "```sh",
@@ -182,13 +196,44 @@ def render(measured: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _nearest(row: dict[str, Any]) -> list[str]:
+    """KL of rounding to nearest, alone and with one pass; bold where the pass halves it."""
+    kl = {label: result.get("kl_mean") for label, result in row["results"].items()}
+    cells = [row["name"], f"{kl['RTN'] * 1e3:.1f}"]
+    for name in PASSES:
+        value = kl[f"RTN + {name}"]
+        text = f"{value * 1e3:.1f}"
+        cells.append(f"**{text}**" if value < kl["RTN"] / 2 else text)
+    return cells
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    """Name, then change of perplexity and KL of RTN and QoQ."""
+    results, cells = row["results"], [row["name"]]
+    ideal = results["full precision"]["perplexity"]
+    for label in ("RTN", "QoQ"):
+        cells.append(f"{results[label]['perplexity'] / ideal - 1:+.2%}")
+        cells.append(f"{results[label]['kl_mean'] * 1e3:.2f}")
+    return cells
+
+
+def _versus(results: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """QoQ beside QoQ on the base: perplexity as each loses it, and KL."""
+    lost = [r["QoQ"]["perplexity"] / r["full precision"]["perplexity"] for r in (results, base)]
+    return [
+        f"{lost[0] / lost[1] - 1:+.2%}",
+        f"{results['QoQ']['kl_mean'] / base['QoQ']['kl_mean']:.2f}",
+    ]
+
+
 def _without(results: dict[str, Any]) -> list[str]:
-    """KL without each pass; bold where leaving the pass out doubles it and more."""
+    """KL without a pass, where it was measured; bold where leaving the pass out doubles it."""
     cells = []
     for name in PASSES:
-        kl = results[f"without {name}"]["kl_mean"]
-        text = f"{kl * 1e3:.2f}"
-        cells.append(f"**{text}**" if kl > 2 * results["QoQ"]["kl_mean"] else text)
+        result = results.get(f"without {name}")
+        text = f"{result['kl_mean'] * 1e3:.2f}" if result else ""
+        bold = result and result["kl_mean"] > 2 * results["QoQ"]["kl_mean"]
+        cells.append(f"**{text}**" if bold else text)
     return cells
 
 

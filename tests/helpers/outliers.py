@@ -163,6 +163,14 @@ def write_qwen2(
     return _write(source, out, raw, tensors)
 
 
+def shorten(source: Path, out: Path, *, layers: int) -> Path:
+    """The first layers of a float model as a model of its own."""
+    raw, tensors = _read(source)
+    raw |= {"num_hidden_layers": layers}
+    kept = source_tensors(ModelConfig.from_hf(raw))
+    return _write(source, out, raw, {name: tensors[name] for name in kept})
+
+
 def _slow_bias(config: ModelConfig, channels: int, size: float, random: torch.Generator) -> Tensor:
     """A key bias [Hkv * D] with a few large entries, one per RoPE pair, on the slowest pairs."""
     bias = torch.zeros(config.num_kv_heads, 2, config.head_dim // 2)
