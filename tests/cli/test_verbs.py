@@ -23,7 +23,7 @@ def test_inspect(packed: Path) -> None:
     assert facts["layers"][0]["output_error"] is None  # rtn looks at no data
     shown = run("inspect", packed).stdout
     assert "w4a8kv4-g128, lm_head 8 bits" in shown
-    assert "rtn (lm_head_bits)" not in shown
+    assert "rtn (no passes)" in shown
     (packed / "quantization_report.json").rename(packed / "elsewhere.json")
     assert answer("inspect", packed)["layers"][0]["weight_error"] is None
     (packed / "elsewhere.json").rename(packed / "quantization_report.json")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qoq.cli.options import CHECKPOINT, JSON
 from qoq.cli.terminal import emit, size, verb
+from qoq.quantize.recipe import PASS_NAMES
 
 if TYPE_CHECKING:
     from qoq.checkpoint.packed import PackedCheckpoint
@@ -149,7 +150,7 @@ def _mean(errors: dict[str, dict[str, float]], kind: str) -> float | None:
 def lines(facts: dict[str, Any]) -> dict[str, str]:
     """A summary's head as a reader wants it, by name."""
     model, recipe, calibration = facts["model"], facts["recipe"] or {}, facts["calibration"]
-    passes = ", ".join(key for key, value in recipe.items() if value and key != "name")
+    passes = ", ".join(name for name, field in PASS_NAMES.items() if recipe.get(field))
     rotation = f", keys rotated ({facts['k_rotation']})" if facts["k_rotation"] else ""
     sample = "none"
     if calibration:
