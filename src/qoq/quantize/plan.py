@@ -15,6 +15,7 @@ from qoq.formats.scheme import QuantScheme
 from qoq.models.anatomy import EMBED, LM_HEAD, layer_linears, packed_tensors
 from qoq.models.config import ModelConfig
 from qoq.quantize.recipe import Recipe
+from qoq.quantize.replay import CHUNK_TOKENS
 
 _LIBRARIES = 0.6e9  # bytes: interpreter, torch and its allocator's slack
 _HALVES = (EMBED, f"{LM_HEAD}.weight")
@@ -52,7 +53,7 @@ def make_plan(
     # Float block, packed block; moments and their factors of the widest linear; grid and work.
     block = 4 * (2 * weights) + (4 * (6 * widest**2) if tokens else 0) + 4 * 7 * largest
     # Rows of one chunk at the widest point of the MLP; embedding or head in their stored size.
-    chunk = 4 * 4096 * (4 * inner + 8 * hidden)
+    chunk = 4 * CHUNK_TOKENS * (8 * inner + 16 * hidden)
     ends = 4 * embedding + 4 * 16 * 4096 * hidden
     rows = 4.0 * tokens * (4 * hidden + config.q_size) * streams
     # Floats are fp16 at the two ends, fp32 within layers.

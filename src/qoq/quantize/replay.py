@@ -24,7 +24,7 @@ from qoq.models.config import ModelConfig
 from qoq.models.decoder import DecoderLayer, Observe
 from qoq.models.rope import cos_sin
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 1024
 PAGE_SIZE = 64
 
 
