@@ -17,7 +17,7 @@ from helpers.tiny import write_tiny_llama
 from qoq.checkpoint.hf import HFSource
 from qoq.evaluate.perplexity import Reference, Result, evaluate
 from qoq.evaluate.simulate import Calibrated, simulate
-from qoq.evaluate.texts import read_text, windows
+from qoq.evaluate.texts import Text, read_text, windows
 from qoq.formats.kv import dequantize_heads, quantize_heads
 from qoq.models.load import load_model
 from qoq.quantize.block import Block
@@ -27,7 +27,7 @@ from qoq.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "books-llama"
 SCHEME = "w4a8kv4-g128"
-CALIBRATED = Calibrated(str(MODEL / "calibration.txt"), samples=4, seq_len=512)
+BYTES = 60_000  # of each text: enough, and quickly encoded
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
@@ -74,16 +74,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
-    return windows(read_text(MODEL / "heldout.txt"), Tokenizer.load(MODEL), 1024, 1)
+    text = read_text(MODEL / "heldout.txt").content[:BYTES]
+    return windows(Text("heldout", text), Tokenizer.load(MODEL), 1024, 1)
 
 
 def judge(source: Path, ids: Tensor, *recipes: Recipe) -> Iterator[Result]:
     """Full precision, then each recipe beside it."""
+    text = source.parent / "calibration.txt"
+    text.write_text(read_text(MODEL / "calibration.txt").content[:BYTES], encoding="utf-8")
+    calibrated = Calibrated(str(text), samples=4, seq_len=512)
     full = load_model(source)
     yield evaluate(full, ids)
     reference = Reference(full, ids)
     for recipe in recipes:
-        yield evaluate(simulate(source, SCHEME, recipe, CALIBRATED), ids, reference)
+        yield evaluate(simulate(source, SCHEME, recipe, calibrated), ids, reference)
 
 
 @pytest.fixture(scope="module")

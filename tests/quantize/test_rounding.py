@@ -46,7 +46,7 @@ def test_gptq_equals_a_plain_transcription_of_the_paper() -> None:
     for position, column in enumerate(order):
         rest = order[position:]
         inverse = torch.linalg.inv(left[rest][:, rest])
-        one = grid.column(column)
+        one = grid.channels(torch.tensor([column]))
         codes[:, [column]] = one.codes(work[:, [column]].float())
         error = work[:, column] - one.values(codes[:, [column]])[:, 0].double()
         work[:, rest] -= error[:, None] * (inverse[0] / inverse[0, 0])[None]
