@@ -46,7 +46,9 @@ SHAPES: dict[str, dict[str, object]] = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def write_random_model(shapes: str, folder: Path, tokenizer: Path, layers: int | None = None) -> None:
+def write_random_model(
+    shapes: str, folder: Path, tokenizer: Path, layers: int | None = None
+) -> None:
     """A bf16 Llama with the named shapes in ``folder``; ``layers`` keeps only the first few."""
     raw = {
         "architectures": ["LlamaForCausalLM"],

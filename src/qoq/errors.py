@@ -10,7 +10,7 @@ class SchemeError(QoqError):
 
 
 class UnsupportedModelError(QoqError):
-    """A model feature (architecture, RoPE type, norm layout, ...) that would be computed wrongly."""
+    """A model feature (architecture, RoPE type, norm layout) that would be computed wrongly."""
 
 
 class SourceError(QoqError):

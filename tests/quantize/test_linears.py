@@ -8,6 +8,7 @@ from helpers.quantizing import correlated
 from qoq.formats.scheme import WeightFormat
 from qoq.quantize.linears import (
     CORRECTION_DAMPING,
+    NOISE,
     Moments,
     corrected,
     quantize_linear,
@@ -59,7 +60,8 @@ def test_the_corrected_weight_solves_its_least_squares_problem(drifts: bool) -> 
     drift = torch.randn(tokens, n) if drifts else None
     got = corrected(weight, moments_of(x, x_float, drift), 1.0)
     target = (x_float @ weight.T + (0 if drift is None else drift)).double()
-    ridge = (CORRECTION_DAMPING * (x.T @ x).diagonal().mean()).sqrt().double()
+    damping = CORRECTION_DAMPING * (1 + NOISE * k / tokens)
+    ridge = (damping * (x.T @ x).diagonal().mean()).sqrt().double()
     rows = torch.cat([x.double(), ridge * torch.eye(k, dtype=torch.float64)])
     wanted = torch.linalg.lstsq(rows, torch.cat([target, ridge * weight.double().T])).solution.T
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4)

@@ -69,7 +69,7 @@ def has_hadamard(n: int) -> bool:
 
 
 def rotate_last(x: Tensor, *, inverse: bool = False) -> Tensor:
-    """``x @ H`` (``x @ H.T`` if inverse) for x [..., n], H the Hadamard matrix of size n; x's dtype.
+    """``x @ H`` (``x @ H.T`` if inverse), x [..., n], H Hadamard's matrix of size n; in x's dtype.
 
     Takes n log n instead of n * n steps: butterflies for the power of two, one small product for
     the base. Raises UnsupportedModelError for sizes without a construction (n odd, ...).
