@@ -17,9 +17,10 @@ from qoq.models.anatomy import EMBED, FINAL_NORM, LM_HEAD
 from qoq.models.batch import Batch
 from qoq.models.config import ModelConfig
 from qoq.models.load import LoadedModel, load_model
-from qoq.quantize import ends
+from qoq.quantize import blocks, ends
 from qoq.quantize.calibration import load_calibration
 from qoq.quantize.ends import embed, head_tensors
+from qoq.quantize.linears import Moments
 from qoq.quantize.pipeline import quantize, resolve_scheme
 from qoq.quantize.recipe import PUBLISHED_G128, QOQ, RTN, Recipe
 from qoq.quantize.replay import RowFile
@@ -89,6 +90,36 @@ def test_streams_end_where_the_checkpoint_and_the_source_do(
         wanted = rotate_rows(source) if recipe.rotate else source
         assert relative(rows["float"], wanted) < 1e-3  # the embedding's fp16
         assert relative(rows["quant"], wanted) > 1e-3
+
+
+def test_writers_of_the_stream_are_aimed_at_its_drift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drift is what the quantized stream lacks: float less quantized, o_proj and down_proj only."""
+    job, drifts = write_job(tmp_path), []
+
+    class Watched(Moments):
+        def add(self, x: Tensor, x_float: Tensor | None, drift: Tensor | None) -> None:
+            drifts.append(drift)
+            super().add(x, x_float, drift)
+
+    monkeypatch.setattr(blocks, "Moments", Watched)
+    lacking: list[Tensor] = []
+    tokens = SIZES["samples"] * SIZES["seq_len"]
+
+    def progress(done: int, total: int, what: str) -> None:
+        if what == "layer 2/2: statistics":
+            files = [
+                RowFile(tmp_path / "out.partial" / f"hidden-00001-{stream}.rows", 128)
+                for stream in ("float", "quant")
+            ]
+            float_rows, rows = (f.read(slice(0, tokens), torch.device("cpu")) for f in files)
+            lacking.append(float_rows - rows)
+
+    quantize(job[0], tmp_path / "out", calibration=str(job[1]), progress=progress, **SIZES)
+    assert [drift is None for drift in drifts] == [True, False] * 4  # four taps, two layers
+    assert lacking[0].abs().max() > 1e-4
+    torch.testing.assert_close(drifts[5], lacking[0])  # o_proj of the second layer
 
 
 @pytest.mark.parametrize("tied", [False, True])

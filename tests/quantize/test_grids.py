@@ -10,7 +10,7 @@ from helpers.quantizing import correlated
 from qoq.formats.packing import unpack_nibbles
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight
-from qoq.quantize.grids import Grid, GroupGrid, make_grid, pack, refit
+from qoq.quantize.grids import Grid, make_grid, pack
 from qoq.quantize.rounding import _Rows, round_gptq
 
 FORMATS = [WeightFormat(4, 32), WeightFormat(4, 64), WeightFormat(4), WeightFormat(8)]
@@ -101,14 +101,14 @@ def grid_integers(packed: GroupWeight) -> Tensor:
     return codes * packed.group_scale[..., None].long() + packed.group_offset[..., None].long()
 
 
-def test_group_values_stay_in_int8_after_gptq_and_refit() -> None:
+def test_group_values_stay_in_int8_after_gptq() -> None:
     """GPTQ moves weights beyond the range their grid was made for."""
     weight, x = heavy(24, 128), correlated(60, 128, rank=3, noise=0.01)
     x[:, 5] *= 30
     fmt, hessian = WeightFormat(4, 32), x.T @ x
     grid = make_grid(weight, fmt, hessian.diagonal(), True)
     codes = round_gptq(weight, grid, hessian, 0.001)
-    packed = pack(codes, refit(weight, codes, grid, hessian), fmt)
+    packed = pack(codes, grid, fmt)
     assert isinstance(packed, GroupWeight)
     exact = grid_integers(packed)
     assert exact.min() >= -128
@@ -146,55 +146,6 @@ def test_columns_and_orders_of_a_grid() -> None:
         one, value = rows.nearest(k, weight[:, k])
         assert torch.equal(one, codes[:, k])
         assert torch.equal(value, grid.values(codes)[:, k])
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_refitting_is_never_worse(fmt: WeightFormat) -> None:
-    weight, x = heavy(30, 128, 1.5), correlated(400, 128)
-    hessian = x.T @ x / 400
-    grid = make_grid(weight, fmt, None)
-    codes = grid.codes(weight)
-    before = objective(weight, codes, grid, hessian)
-    fitted = refit(weight, codes, grid, hessian)
-    after = objective(weight, codes, fitted, hessian)
-    assert (after <= before * (1 + 1e-3)).all()
-    assert after.sum() < before.sum()
-    packed = pack(codes, fitted, fmt)
-    slack = 1e-5 * float(weight.abs().max())
-    torch.testing.assert_close(packed.dequantize(), fitted.values(codes), rtol=0, atol=slack)
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_refitting_finds_the_least_squares_answer(fmt: WeightFormat) -> None:
-    """Against a general solver, on a row that is scaled (and, per channel, shifted) wrongly."""
-    weight, x = torch.randn(6, 64), correlated(300, 64, noise=1.0)
-    hessian = x.T @ x / 300
-    fmt = WeightFormat(fmt.bits, 32) if fmt.group_size else fmt
-    grid = make_grid(weight, fmt, None)
-    codes = grid.codes(weight)
-    fitted = refit(weight, codes, grid, hessian)
-    shifts = not isinstance(grid, GroupGrid) and fmt.bits == 4
-    for row in range(len(weight)):
-        basis = [codes[row]] if shifts else [grid.values(codes)[row]]
-        basis += [torch.ones(64)] if shifts else []
-        design = x.double() @ torch.stack(basis).double().T
-        target = x.double() @ weight[row].double()
-        wanted = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
-        got = fitted.values(codes)[row].double()
-        torch.testing.assert_close(
-            x.double() @ got, design @ wanted, rtol=1e-3, atol=1e-3 * float(target.abs().max())
-        )
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("bad", ["nan", "zero"])
-def test_refitting_without_information_changes_nothing(fmt: WeightFormat, bad: str) -> None:
-    weight = heavy(9, 64)
-    grid = make_grid(weight, fmt, None)
-    codes = grid.codes(weight)
-    hessian = torch.full((64, 64), torch.nan if bad == "nan" else 0.0)
-    fitted = refit(weight, codes, grid, hessian)
-    assert torch.equal(fitted.values(codes), grid.values(codes))
 
 
 def test_importance_decides_what_is_clipped() -> None:
