@@ -62,6 +62,7 @@ def main() -> None:
         "cpu": _cpu(),
     }
     path = ROOT / "benchmarks" / "results" / f"quantize-memory-{args.shapes}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

@@ -95,44 +95,6 @@ def pack(codes: Tensor, grid: Grid, fmt: WeightFormat) -> PackedWeight:
     return ChannelWeight(packed, grid.scale[:, 0].contiguous(), grid.offset[:, 0].contiguous())
 
 
-def refit(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
-    """Least-squares float parameters for codes already chosen: the same integers, less error.
-
-    Groups and int8 refit one factor per channel; per-channel 4-bit refits scale and offset. A row
-    whose system is singular or whose scale would not stay positive is left as it is.
-    """
-    target = weight @ hessian
-    if isinstance(grid, GroupGrid) or grid.low < 0:
-        values = grid.values(codes)
-        factor = (target * values).sum(1) / ((values @ hessian) * values).sum(1)
-        factor = torch.where(torch.isfinite(factor) & (factor > 0.5), factor, 1.0).clamp(max=2.0)
-        by = factor[:, None]
-        if isinstance(grid, GroupGrid):
-            return GroupGrid(
-                grid.scale * by,
-                grid.offset * by,
-                grid.high,
-                grid.share,
-                grid.low,
-                grid.channel_scale * factor,
-                grid.group_scale,
-                grid.group_offset,
-            )
-        return Grid(grid.scale * by, grid.offset * by, grid.high, grid.share, grid.low)
-    # Normal equations of scale*c + offset*1 in the metric H, in fp64: they are near singular.
-    moved, ones = (codes @ hessian).double(), hessian.sum(0).double()
-    cc, c1, one = (moved * codes).sum(1), moved.sum(1), ones.sum()
-    bc, b1 = (target * codes).sum(1).double(), target.sum(1).double()
-    det = cc * one - c1 * c1
-    scale, offset = (bc * one - b1 * c1) / det, (cc * b1 - c1 * bc) / det
-    old = grid.scale[:, 0]
-    good = (det > 1e-9 * cc * one) & torch.isfinite(scale + offset)
-    good &= (scale > 0.5 * old) & (scale < 2 * old)
-    scale = torch.where(good, scale.float(), old)[:, None]
-    offset = torch.where(good, offset.float(), grid.offset[:, 0])[:, None]
-    return Grid(scale, offset, grid.high, grid.share, grid.low)
-
-
 def _share(weight: Tensor, size: int | None) -> Tensor:
     index = torch.arange(weight.shape[1], device=weight.device)
     return torch.zeros_like(index) if size is None else index // size

@@ -1,4 +1,4 @@
-"""One float linear to its packed form: grid, rounding, refinement, refit (QServe section 4.3).
+"""One float linear to its packed form: grid, rounding, refinement (QServe section 4.3).
 
 Also the correction for errors made upstream: the linear will read the *quantized* model's inputs,
 so its target is not its own weight but the weight that best turns those inputs into what the
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import PackedWeight
-from qoq.quantize.grids import make_grid, pack, refit
+from qoq.quantize.grids import make_grid, pack
 from qoq.quantize.recipe import Recipe
 from qoq.quantize.rounding import damped, refine, round_gptq
 
@@ -100,8 +100,6 @@ def quantize_linear(
     else:
         codes = grid.codes(target)
     codes = refine(target, codes, grid, hessian, recipe.refine_sweeps)
-    if recipe.refit_scales:
-        grid = refit(target, codes, grid, hessian)
     packed = pack(codes, grid, fmt)
     error = packed.dequantize() - weight
     some = slice(None, None, max(1, len(weight) // REPORT_ROWS))

@@ -35,7 +35,6 @@ class Recipe:
     damping: float = 0.01
     compensate: float = 0.0  # strength of the correction for errors made upstream
     refine_sweeps: int = 0  # coordinate descent after GPTQ
-    refit_scales: bool = False  # least-squares channel scales after rounding
     lm_head_bits: int = 8
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +85,6 @@ PASS_NAMES = {
     "gptq": "gptq",
     "compensate": "compensate",
     "refine": "refine_sweeps",
-    "refit-scales": "refit_scales",
 }
 
 O_PROJ, DOWN_PROJ = "self_attn.o_proj", "mlp.down_proj"
@@ -108,7 +106,6 @@ QOQ = Recipe(
     gptq=True,
     compensate=1.0,
     refine_sweeps=2,
-    # refit_scales stays off: with the correction above it no longer lowers KL (docs/accuracy.md).
 )
 PUBLISHED_G128 = Recipe(
     "published-g128",
