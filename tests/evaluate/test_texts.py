@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qoq.errors import TextError
-from qoq.evaluate.texts import Text, find_dataset, held_back, read_text
+from qoq.evaluate.texts import Text, find_dataset, read_text
 from qoq.evaluate.texts import windows as cut
-from qoq.quantize.calibration import load_calibration
+from qoq.quantize.calibration import held_back, load_calibration
 from qoq.tokenizer import Tokenizer
 
 

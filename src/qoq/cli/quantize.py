@@ -154,7 +154,7 @@ class _Windows:
 
     def held_back(self, calibration: str, samples: int, seq_len: int, seed: int) -> None:
         """Without a file: windows of the calibration text that calibration did not see."""
-        from qoq.evaluate.texts import held_back
+        from qoq.quantize.calibration import held_back
 
         if self._file is None:
             self.name = f"{Path(calibration).name} (held back)"

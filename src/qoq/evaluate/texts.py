@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qoq.errors import CalibrationError, TextError
-from qoq.quantize.calibration import load_calibration
+from qoq.errors import TextError
+from qoq.quantize.calibration import bounded_text
 from qoq.tokenizer import Tokenizer
 
 # Dataset name -> file names it may have beside a model.
@@ -22,7 +22,6 @@ BESIDE = {
     "heldout": ("heldout.txt", "heldout.txt.xz"),
 }
 _HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
-MAX_BYTES = 64 << 20  # of a file; what lies beyond is not read
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,7 @@ def read_text(path: str | Path) -> Text:
     """A UTF-8 .txt or .txt.xz file. Raises TextError if it cannot be read or is empty."""
     path = Path(path)
     try:
-        if path.suffix == ".xz":
-            with lzma.open(path) as packed:
-                data = packed.read(MAX_BYTES)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES)
-        content = data.decode("utf-8", errors="ignore" if len(data) == MAX_BYTES else "strict")
+        content, _ = bounded_text(path)
     except FileNotFoundError:
         raise TextError(f"There is no text file {path}.") from None
     except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
@@ -118,23 +111,3 @@ def _read_hub(name: str, repo: str, config: str) -> str:
     if not content.strip():
         raise TextError(f"The dataset {name} holds no text.")
     return content
-
-
-def held_back(
-    calibration: str, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, limit: int
-) -> Tensor | None:
-    """int64 [n <= limit, seq_len]: windows of the calibration text that the job did not draw.
-
-    None where the text has no more windows than ``samples``.
-    """
-    for extra in range(limit, 0, -1):
-        try:
-            more = load_calibration(calibration, tokenizer, samples + extra, seq_len, seed).ids
-        except CalibrationError:
-            continue
-        # Drawing more windows with the same seed draws the same ones and then others.
-        used = load_calibration(calibration, tokenizer, samples, seq_len, seed).ids
-        seen = {row.numpy().tobytes() for row in used}
-        left = [row for row in more if row.numpy().tobytes() not in seen]
-        return torch.stack(left) if left else None
-    return None

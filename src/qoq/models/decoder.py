@@ -116,7 +116,7 @@ class DecoderLayer:
         return act_quant(mixed.flatten(1), self.o.act_bits, backend=backend)
 
     def mlp_input(
-        self, x: Tensor, residual: Tensor, *, backend: str = "auto"
+        self, x: Tensor, residual: Tensor | None, *, backend: str = "auto"
     ) -> tuple[Activation, Tensor]:
         """What enters gate_up [T, H], and the residual stream x has been added to."""
         eps, bits = self.config.rms_norm_eps, self.gate_up.act_bits

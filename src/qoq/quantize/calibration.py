@@ -15,6 +15,7 @@ from qoq.errors import CalibrationError
 from qoq.tokenizer import Tokenizer
 
 BUILT_IN = "built-in"
+_TOO_FEW = "Calibration needs at least 1 sample of at least 16 tokens."
 MAX_BYTES = 64 << 20  # of a text; what lies beyond is not read
 # What reading a file that is damaged, or is something else, may raise.
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError)
@@ -48,20 +49,56 @@ def load_calibration(
     file ("text" fields), or the id of a hub dataset (needs the ``datasets`` package). Raises
     CalibrationError if it cannot be read or is too short.
     """
-    if samples < 1 or seq_len < 16:
-        raise CalibrationError("Calibration needs at least 1 sample of at least 16 tokens.")
-    ids = torch.tensor(tokenizer.encode(_read(source)), dtype=torch.int64)
-    count = len(ids) // seq_len
-    if count < samples:
+    if samples < 1:
+        raise CalibrationError(_TOO_FEW)
+    windows, order = _windows(source, tokenizer, seq_len, seed)
+    if len(windows) < samples:
         raise CalibrationError(
-            f"{source} gives {count} windows of {seq_len} tokens, {samples} were asked for. Use a "
-            "longer text, or lower --samples or --seq-len."
+            f"{source} gives {len(windows)} windows of {seq_len} tokens, {samples} were asked for. "
+            "Use a longer text, or lower --samples or --seq-len."
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(count, generator=generator)[:samples].sort().values
-    windows = ids[: count * seq_len].reshape(count, seq_len)[chosen].contiguous()
+    windows = windows[order[:samples].sort().values].contiguous()
     digest = hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.numpy().tobytes())
     return Calibration(windows, source, digest.hexdigest())
+
+
+def held_back(
+    source: str, tokenizer: Tokenizer, samples: int, seq_len: int, seed: int, limit: int
+) -> Tensor | None:
+    """int64 [n <= limit, seq_len]: windows ``load_calibration`` would draw after its ``samples``.
+
+    None where the text has no more windows than that, or cannot be calibrated on at all.
+    """
+    try:
+        windows, order = _windows(source, tokenizer, seq_len, seed)
+    except CalibrationError:
+        return None
+    seen = {row.numpy().tobytes() for row in windows[order[:samples]]}
+    more = windows[order[samples : samples + limit].sort().values]
+    left = [row for row in more if row.numpy().tobytes() not in seen]
+    return torch.stack(left) if left else None
+
+
+def _windows(source: str, tokenizer: Tokenizer, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
+    """All whole windows int64 [n, seq_len] of a text, and the seeded order they are drawn in."""
+    if seq_len < 16:
+        raise CalibrationError(_TOO_FEW)
+    ids = torch.tensor(tokenizer.encode(_read(source)), dtype=torch.int64)
+    count = len(ids) // seq_len
+    generator = torch.Generator().manual_seed(seed)
+    windows = ids[: count * seq_len].reshape(count, seq_len)
+    return windows, torch.randperm(count, generator=generator)
+
+
+def bounded_text(path: Path) -> tuple[str, bool]:
+    """UTF-8 text of a file, unpacked if .xz, and whether it was cut at MAX_BYTES.
+
+    Raises OSError, LZMAError, EOFError or UnicodeDecodeError for what cannot be read.
+    """
+    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+        data = file.read(MAX_BYTES)
+    cut = len(data) == MAX_BYTES
+    return data.decode("utf-8", errors="ignore" if cut else "strict"), cut
 
 
 def _read(source: str) -> str:
@@ -72,14 +109,7 @@ def _read(source: str) -> str:
     if not path.exists():
         return _read_dataset(source)
     try:
-        if path.suffix == ".xz":
-            with lzma.open(path) as file:
-                data = file.read(MAX_BYTES)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES)
-        cut = len(data) == MAX_BYTES
-        text = data.decode("utf-8", errors="ignore" if cut else "strict")
+        text, cut = bounded_text(path)
         if path.suffix == ".jsonl":
             lines = text.split("\n")  # not splitlines: U+2028 and the like may stand in a string
             rows = [json.loads(line) for line in lines[: -1 if cut else None] if line.strip()]

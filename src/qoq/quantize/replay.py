@@ -146,8 +146,7 @@ class StreamReplay:
     def down_input(self, chunk: Chunk) -> tuple[Activation, Tensor]:
         """What enters down_proj, and the residual stream it is added to."""
         stream = self._residual.read(chunk.rows, self.replay.device)
-        zero = torch.zeros_like(stream)
-        entering, residual = self.layer.mlp_input(zero, stream)
+        entering, residual = self.layer.mlp_input(stream, None)
         return self.layer.mlp_hidden(entering), residual
 
     def finish(self, chunk: Chunk) -> None:
