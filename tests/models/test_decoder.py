@@ -106,7 +106,7 @@ def test_rows_select_logits() -> None:
 
 
 def test_padding_rows_change_nothing() -> None:
-    # Quantized: a float scheme's products may be summed in another order for another number of rows.
+    # Quantized: float products may be summed in another order for another number of rows.
     model = make_family_model("llama-mha")
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config, scheme = ModelConfig.from_hf(raw), QuantScheme.parse("w4a8kv4-g32")
