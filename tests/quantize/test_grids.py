@@ -158,5 +158,8 @@ def test_importance_decides_what_is_clipped() -> None:
         importance[4] = weigh
         grid = make_grid(weight, WeightFormat(4, 32), importance, True)
         outlier.append(float(grid.values(grid.codes(weight))[0, 4]))
-    assert abs(outlier[0] - 3) < 0.05
-    assert outlier[1] < 2.6
+    # Kept: rounded like any other value. Cut: the strongest shrink of a range from about 0 to 3 is
+    # the cheapest for all the small weights.
+    step = (3 - float(weight.min())) / 15
+    assert abs(outlier[0] - 3) < step / 2
+    assert outlier[1] < 3 - step
