@@ -1,0 +1,120 @@
+// qoq._C: the kernels as Python sees them. Checks and pointers; no maths.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "repack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace qoq {
+namespace {
+
+// Tensors as they must come: on the CPU, this type, these axes, rows without gaps.
+template <class T, int kAxes>
+using In = nb::ndarray<const T, nb::ndim<kAxes>, nb::c_contig, nb::device::cpu>;
+template <class T, int kAxes>
+using Out = nb::ndarray<T, nb::ndim<kAxes>, nb::c_contig, nb::device::cpu>;
+
+void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+// A backend: the kernels of one instruction set and the threads they share.
+class Backend {
+ public:
+  Backend(const std::string& isa, int threads)
+      : kernels_(kernels_of(choose_isa(isa))), pool_(std::make_unique<Pool>(threads)) {
+    require(threads >= 1, "threads must be 1 or more");
+  }
+  std::string isa() const { return isa_name(kernels_.isa); }
+  int threads() const { return pool_->threads(); }
+  const Kernels& kernels() const { return kernels_; }
+  Pool& pool() { return *pool_; }
+
+ private:
+  const Kernels& kernels_;
+  std::unique_ptr<Pool> pool_;
+};
+
+Tiles tiles_from_int8(In<int8_t, 2> codes, In<float, 1> scale) {
+  require(codes.shape(1) % 32 == 0, "input channels must be a multiple of 32");
+  require(scale.shape(0) == codes.shape(0), "scale must have one entry per channel");
+  return Tiles::from_int8(codes.shape(0), codes.shape(1), codes.data(), scale.data());
+}
+
+Tiles tiles_from_channels(In<uint8_t, 2> codes, In<float, 1> scale, In<float, 1> offset) {
+  require(codes.shape(1) % 16 == 0, "input channels must be a multiple of 32");
+  require(scale.shape(0) == codes.shape(0) && offset.shape(0) == codes.shape(0),
+          "scale and offset must have one entry per channel");
+  return Tiles::from_channels(codes.shape(0), codes.shape(1) * 2, codes.data(), scale.data(),
+                              offset.data());
+}
+
+Tiles tiles_from_groups(In<uint8_t, 2> codes, In<float, 1> channel_scale,
+                        In<uint8_t, 2> group_scale, In<int8_t, 2> group_offset) {
+  const size_t n = codes.shape(0), k = codes.shape(1) * 2, groups = group_scale.shape(1);
+  require(groups > 0 && k % (32 * groups) == 0, "groups must be a multiple of 32 channels");
+  require(k / groups == 32 || k / groups == 64 || k / groups == 128,
+          "groups have 32, 64 or 128 channels");
+  require(channel_scale.shape(0) == n && group_scale.shape(0) == n &&
+              group_offset.shape(0) == n && group_offset.shape(1) == groups,
+          "scales and offsets must have one entry per channel and group");
+  return Tiles::from_groups(n, k, k / groups, codes.data(), channel_scale.data(),
+                            group_scale.data(), group_offset.data());
+}
+
+void linear(Backend& backend, const Tiles& tiles, In<int8_t, 2> codes, In<float, 1> act_scale,
+            In<int32_t, 1> row_sum, std::optional<In<float, 1>> bias, Out<float, 2> out) {
+  const int64_t m = codes.shape(0);
+  require((int64_t)codes.shape(1) == tiles.k(), "activation columns do not meet weight columns");
+  require((int64_t)act_scale.shape(0) == m && (int64_t)row_sum.shape(0) == m,
+          "act_scale and row_sum must have one entry per row");
+  require((int64_t)out.shape(0) == m && (int64_t)out.shape(1) == tiles.n(),
+          "out must be [rows, output channels]");
+  require(!bias || (int64_t)bias->shape(0) == tiles.n(), "bias must have one entry per channel");
+  const LinearArgs args{m,           codes.data(), act_scale.data(),
+                        row_sum.data(), tiles.view(), bias ? bias->data() : nullptr,
+                        out.data(),  tiles.n()};
+  nb::gil_scoped_release free_python;
+  backend.kernels().linear(args, backend.pool());
+}
+
+}  // namespace
+}  // namespace qoq
+
+NB_MODULE(_C, m) {
+  using namespace qoq;
+  m.doc() = "C++ twins of qoq's ops. Use them through qoq.kernels.";
+
+  nb::class_<Backend>(m, "Backend", "The kernels of one instruction set, and their threads.")
+      .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+      .def_prop_ro("isa", &Backend::isa)
+      .def_prop_ro("threads", &Backend::threads);
+
+  nb::class_<Tiles>(m, "Tiles", "A packed weight in tile order.")
+      .def_static("from_int8", &tiles_from_int8, "codes"_a, "scale"_a)
+      .def_static("from_channels", &tiles_from_channels, "codes"_a, "scale"_a, "offset"_a)
+      .def_static("from_groups", &tiles_from_groups, "codes"_a, "channel_scale"_a, "group_scale"_a,
+                  "group_offset"_a)
+      .def_prop_ro("n", &Tiles::n)
+      .def_prop_ro("k", &Tiles::k)
+      .def_prop_ro("nbytes", &Tiles::bytes);
+
+  m.def("usable_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : usable_isas()) names.push_back(isa_name(isa));
+    return names;
+  });
+  m.def("linear", &qoq::linear, "backend"_a, "tiles"_a, "codes"_a, "act_scale"_a, "row_sum"_a,
+        "bias"_a.none(), "out"_a);
+}

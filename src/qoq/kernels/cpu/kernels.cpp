@@ -1,0 +1,14 @@
+// Compiled once per instruction set, with QOQ_VARIANT naming the level and flags to match.
+#include "kernels.h"
+
+#include "linear.h"
+
+namespace qoq {
+
+#define QOQ_JOIN2(a, b) a##b
+#define QOQ_JOIN(a, b) QOQ_JOIN2(a, b)
+
+extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
+const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {Isa::QOQ_VARIANT, linear};
+
+}  // namespace qoq

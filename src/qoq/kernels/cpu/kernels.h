@@ -1,0 +1,46 @@
+// The kernels as plain functions over raw pointers: one table of them per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "pool.h"
+
+namespace qoq {
+
+// Linears work on tiles of 64 output channels; N is padded up to whole tiles at load.
+constexpr int kTile = 64;
+
+enum class WeightKind : int { int8, channel, group };
+
+// A weight [N, K] in tile order (see tiles.h), and what its epilogue multiplies by.
+struct TiledWeight {
+  WeightKind kind;
+  int64_t n, k;
+  int64_t group;           // input channels per group (kind group)
+  const uint8_t* codes;    // int8: [N/64][K/4][64][4]; 4-bit: [N/64][K/8][64][4]
+  const uint8_t* groups;   // [N/64][K/group][2][64]: group scales, then offsets + 128
+  const float* scale;      // [N] channel scales
+  const float* offset;     // [N] offsets (kind channel)
+};
+
+// y [M, N] = epilogue(codes [M, K] x weight), exact in integers.
+struct LinearArgs {
+  int64_t m;
+  const int8_t* codes;      // [M, K]
+  const float* act_scale;   // [M]
+  const int32_t* row_sum;   // [M]
+  TiledWeight weight;
+  const float* bias;        // [N] or null
+  float* out;               // [M, N], rows `out_stride` apart
+  int64_t out_stride;
+};
+
+struct Kernels {
+  Isa isa;
+  void (*linear)(const LinearArgs&, Pool&);
+};
+
+const Kernels& kernels_of(Isa isa);
+
+}  // namespace qoq
