@@ -89,6 +89,63 @@ void linear(Backend& backend, const Tiles& tiles, In<int8_t, 2> codes, In<float,
   backend.kernels().linear(args, backend.pool());
 }
 
+using Codes = In<uint8_t, 4>;
+using Halves = In<uint16_t, 3>;
+
+PagesHalf half(int bits, const Codes& codes, const Halves& scale, const Halves& offset,
+               int64_t dim) {
+  require(bits == 4 || bits == 8, "keys and values have 4 or 8 bits here");
+  require((int64_t)codes.shape(3) == dim * bits / 8, "codes do not fit the head dim");
+  for (int axis = 0; axis < 3; ++axis)
+    require(scale.shape(axis) == codes.shape(axis) && offset.shape(axis) == codes.shape(axis),
+            "scales and offsets do not fit the codes");
+  return {bits, codes.data(), scale.data(), offset.data()};
+}
+
+void attention(Backend& backend, In<float, 3> q, int k_bits, Codes k_codes, Halves k_scale,
+               Halves k_offset, int v_bits, Codes v_codes, Halves v_scale, Halves v_offset,
+               In<int32_t, 2> page_table, In<int32_t, 1> kv_lens, In<int32_t, 1> cu_seqlens_q,
+               float sm_scale, int64_t window, Out<float, 3> out) {
+  AttentionArgs a{};
+  a.sequences = kv_lens.shape(0);
+  a.heads = q.shape(1);
+  a.dim = q.shape(2);
+  a.kv_heads = k_codes.shape(1);
+  a.page_size = k_codes.shape(2);
+  a.max_pages = page_table.shape(1);
+  require(a.dim % 8 == 0 && a.dim <= 256, "head dims are multiples of 8 up to 256 here");
+  require(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "query heads must share KV heads evenly");
+  for (int axis = 0; axis < 3; ++axis) {
+    require(out.shape(axis) == q.shape(axis), "out must have the shape of q");
+    require(k_codes.shape(axis) == v_codes.shape(axis), "keys and values do not fit");
+  }
+  require((int64_t)page_table.shape(0) == a.sequences &&
+              (int64_t)cu_seqlens_q.shape(0) == a.sequences + 1,
+          "page_table, kv_lens and cu_seqlens_q do not fit each other");
+  a.k = half(k_bits, k_codes, k_scale, k_offset, a.dim);
+  a.v = half(v_bits, v_codes, v_scale, v_offset, a.dim);
+  const int32_t* starts = cu_seqlens_q.data();
+  require(starts[0] == 0 && starts[a.sequences] == (int64_t)q.shape(0), "cu_seqlens_q must span q");
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t rows = starts[s + 1] - starts[s], keys = kv_lens.data()[s];
+    if (rows == 0) continue;
+    require(rows > 0 && keys >= rows && keys <= a.max_pages * a.page_size,
+            "a sequence's queries, cached tokens and pages do not fit each other");
+    const int32_t* pages = page_table.data() + s * a.max_pages;
+    for (int64_t i = 0; i * a.page_size < keys; ++i)
+      require(pages[i] >= 0 && pages[i] < (int64_t)k_codes.shape(0), "no such page");
+  }
+  a.q = q.data();
+  a.page_table = page_table.data();
+  a.kv_lens = kv_lens.data();
+  a.cu_seqlens_q = starts;
+  a.sm_scale = sm_scale;
+  a.window = window;
+  a.out = out.data();
+  nb::gil_scoped_release free_python;
+  backend.kernels().attention(a, backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -117,4 +174,7 @@ NB_MODULE(_C, m) {
   });
   m.def("linear", &qoq::linear, "backend"_a, "tiles"_a, "codes"_a, "act_scale"_a, "row_sum"_a,
         "bias"_a.none(), "out"_a);
+  m.def("attention", &qoq::attention, "backend"_a, "q"_a, "k_bits"_a, "k_codes"_a, "k_scale"_a,
+        "k_offset"_a, "v_bits"_a, "v_codes"_a, "v_scale"_a, "v_offset"_a, "page_table"_a,
+        "kv_lens"_a, "cu_seqlens_q"_a, "sm_scale"_a, "window"_a, "out"_a);
 }

@@ -36,9 +36,31 @@ struct LinearArgs {
   int64_t out_stride;
 };
 
+// Keys or values of one layer's pages: codes [pages, kv_heads, page_size, dim * bits / 8], scale and
+// offset fp16 [pages, kv_heads, page_size].
+struct PagesHalf {
+  int bits;  // 4 or 8
+  const uint8_t* codes;
+  const uint16_t* scale;
+  const uint16_t* offset;
+};
+
+struct AttentionArgs {
+  int64_t sequences, heads, kv_heads, dim, page_size, max_pages;
+  const float* q;               // [T, heads, dim]
+  PagesHalf k, v;
+  const int32_t* page_table;    // [sequences, max_pages]
+  const int32_t* kv_lens;       // [sequences]
+  const int32_t* cu_seqlens_q;  // [sequences + 1]
+  float sm_scale;
+  int64_t window;               // keys a row sees at most, its own included; 0: all
+  float* out;                   // [T, heads, dim]
+};
+
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
+  void (*attention)(const AttentionArgs&, Pool&);
 };
 
 const Kernels& kernels_of(Isa isa);

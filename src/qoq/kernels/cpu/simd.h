@@ -33,6 +33,7 @@ typedef int16_t S16 __attribute__((vector_size(kBytes)));
 typedef int32_t S32 __attribute__((vector_size(kBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float F32 __attribute__((vector_size(kBytes)));
+typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));  // one byte per 32-bit lane
 
 template <class V, class T>
