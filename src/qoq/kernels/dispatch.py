@@ -31,18 +31,13 @@ class Twin:
     module: str
 
 
-# op -> twins, fastest first. Empty until a twin has been written and compared with its oracle.
-TWINS: dict[str, tuple[Twin, ...]] = {
-    "act_quant": (),
-    "rms_norm_quant": (),
-    "silu_mul_quant": (),
-    "linear": (),
-    "kv_append": (),
-    "attention": (),
-    "sample": (),
-}
-
 _STEM = {"rms_norm_quant": "act_quant", "silu_mul_quant": "act_quant"}
+_OPS = ("act_quant", "rms_norm_quant", "silu_mul_quant", "linear", "kv_append", "attention", "sample")
+
+# op -> twins, fastest first.
+TWINS: dict[str, tuple[Twin, ...]] = {
+    op: (Twin("cpu", f"qoq.kernels.cpu.{_STEM.get(op, op)}"),) for op in _OPS
+}
 
 
 def resolve(
@@ -53,7 +48,26 @@ def resolve(
     twins: dict[str, tuple[Twin, ...]] = TWINS,
     **what: Any,
 ) -> Callable[..., Any]:
-    """The callable that runs ``op`` on ``device``; ``what`` is passed to each twin's declaration.
+    """The callable that runs ``op`` on ``device``: a twin's (see ``find``) or the oracle's."""
+    module = find(op, backend, device, twins=twins, **what)
+    if module is not None:
+        chosen: Callable[..., Any] = getattr(module, op)
+        return chosen
+    oracle: Callable[..., Any] = getattr(
+        importlib.import_module(f"qoq.kernels.{_STEM.get(op, op)}"), f"{op}_oracle"
+    )
+    return oracle
+
+
+def find(
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    *,
+    twins: dict[str, tuple[Twin, ...]] = TWINS,
+    **what: Any,
+) -> ModuleType | None:
+    """The module of the twin that runs ``op``, None for the oracle; ``what`` goes to ``unsupported``.
 
     Raises BackendUnavailable when a backend other than auto and oracle is named and cannot run,
     with every cause in the message.
@@ -71,8 +85,7 @@ def resolve(
                 continue
             module, reason = _load(twin, torch.device(device), what)
             if module is not None:
-                chosen: Callable[..., Any] = getattr(module, op)
-                return chosen
+                return module
             refusals.append(f"{twin.backend}: {reason}")
         if backend != "auto":
             cause = "; ".join(refusals) or "this version has no such implementation"
@@ -82,11 +95,8 @@ def resolve(
             )
         if refusals:
             # The warnings module shows a given text once per process, which is what we want.
-            warnings.warn(f"{op} runs on the slow oracle ({'; '.join(refusals)})", stacklevel=3)
-    oracle: Callable[..., Any] = getattr(
-        importlib.import_module(f"qoq.kernels.{_STEM.get(op, op)}"), f"{op}_oracle"
-    )
-    return oracle
+            warnings.warn(f"{op} runs on the slow oracle ({'; '.join(refusals)})", stacklevel=4)
+    return None
 
 
 def _load(

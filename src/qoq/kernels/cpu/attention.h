@@ -153,11 +153,18 @@ inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b,
   }
 }
 
-// Where the codes, scales and offsets of keys start..start+count-1 lie; the rest stay harmless.
+inline int64_t first_key(const AttentionArgs& a, const Block& b) {
+  const int64_t low = a.window ? b.position - a.window + 1 : 0;
+  return low < 0 ? 0 : low;
+}
+
+// Where the codes, scales and offsets of the segment's keys lie. Keys that no row of the block sees
+// (before its window, after its last token) are not looked at: their pages may be gone.
 inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
                          int64_t count, Work& w) {
   const int32_t* table = a.page_table + b.sequence * a.max_pages;
-  for (int64_t i = 0; i < count;) {
+  const int64_t before = first_key(a, b) - start, first = before > 0 ? before : 0;
+  for (int64_t i = first; i < count;) {
     const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
     const int64_t run = least(count - i, a.page_size - offset);
     const int64_t slot = ((int64_t)table[page] * a.kv_heads + b.head) * a.page_size + offset;
@@ -171,8 +178,9 @@ inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b,
     }
     i += run;
   }
-  for (int64_t i = count; i < kSegment; ++i) {
-    w.k_rows[i] = w.k_rows[0], w.v_rows[i] = w.v_rows[0];
+  for (int64_t i = 0; i < kSegment; ++i) {
+    if (i >= first && i < count) continue;
+    w.k_rows[i] = w.k_rows[first], w.v_rows[i] = w.v_rows[first];
     w.k_scale[i] = w.k_offset[i] = w.v_scale[i] = w.v_offset[i] = 0;
   }
 }
@@ -357,11 +365,6 @@ inline void attend_segment(const AttentionArgs& a, const Shape& s, const Block& 
   for (int64_t r = 0; r < rows; ++r)
     fold(w.span.top[r], w.span.weight[r], w.span.sums + r * s.lanes, w.segment_top[r],
          w.segment_weight[r], w.sums + r * s.lanes, s.lanes);
-}
-
-inline int64_t first_key(const AttentionArgs& a, const Block& b) {
-  const int64_t low = a.window ? b.position - a.window + 1 : 0;
-  return low < 0 ? 0 : low;
 }
 
 // A block's rows over one span of keys, into w.span.

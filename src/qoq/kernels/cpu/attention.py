@@ -1,0 +1,70 @@
+"""attention on the CPU: integer products over 4- and 8-bit pages, in C++ (contract: attention.py).
+
+Equal to the oracle within 1e-3 of the largest output: queries and probabilities become 16-bit
+integers. To the bit independent of the batch, of how a prompt is cut, and of threads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoq.formats.kv import KVPages
+from qoq.kernels.cpu.backend import address, backend, extension, missing
+
+MAX_DIM = 256
+
+
+def attention(
+    q: Tensor,
+    pages: KVPages,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    sm_scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """As the oracle; see the module for how close."""
+    q = q.to(torch.float32).contiguous()
+    tokens, heads, dim = q.shape
+    num, kv_heads, size = pages.k_codes.shape[:3]
+    table, lens, starts = (
+        t.to(torch.int32).contiguous() for t in (page_table, kv_lens, cu_seqlens_q)
+    )
+    sequences, max_pages = table.shape
+    out = torch.empty_like(q)
+
+    def half(bits: int, codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[int, ...]:
+        return (
+            bits,
+            address(codes, torch.uint8, num, kv_heads, size, dim * bits // 8),
+            address(scale, torch.float16, num, kv_heads, size),
+            address(offset, torch.float16, num, kv_heads, size),
+        )
+
+    extension().attention(
+        backend(),
+        (sequences, tokens, heads, kv_heads, dim, num, size, max_pages),
+        q.data_ptr(),
+        half(pages.format.k_bits, pages.k_codes, pages.k_scale, pages.k_offset),
+        half(pages.format.v_bits, pages.v_codes, pages.v_scale, pages.v_offset),
+        address(table, torch.int32, sequences, max_pages),
+        address(lens, torch.int32, sequences),
+        address(starts, torch.int32, sequences + 1),
+        sm_scale,
+        sliding_window or 0,
+        out.data_ptr(),
+    )
+    return out
+
+
+def unsupported(device: torch.device, **what: Any) -> str | None:
+    """Why this call must be left to another twin, or None."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    pages, q = what.get("pages"), what.get("q")
+    if pages is not None and 16 in (pages.format.k_bits, pages.format.v_bits):
+        return "it reads 4- and 8-bit pages only"
+    if q is not None and (q.shape[2] % 8 or q.shape[2] > MAX_DIM):
+        return f"head_dim {q.shape[2]} is no multiple of 8 up to {MAX_DIM}"
+    return missing()
