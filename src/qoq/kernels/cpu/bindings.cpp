@@ -3,12 +3,16 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <unistd.h>
 
 #include <cstdlib>
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "kernels.h"
 #include "repack.h"
@@ -36,6 +40,10 @@ class Backend {
       : kernels_(kernels_of(choose_isa(isa))), pool_(std::make_unique<Pool>(threads)) {
     require(threads >= 1, "threads must be 1 or more");
   }
+  ~Backend() {
+    // A forked child has no threads to join, and their locks may be held for ever: it lets go.
+    if (getpid() != owner_) pool_.release();
+  }
   std::string isa() const { return isa_name(kernels_.isa); }
   int threads() const { return pool_->threads(); }
   const Kernels& kernels() const { return kernels_; }
@@ -44,6 +52,7 @@ class Backend {
  private:
   const Kernels& kernels_;
   std::unique_ptr<Pool> pool_;
+  const pid_t owner_ = getpid();
 };
 
 Tiles tiles_from_int8(In<int8_t, 2> codes, In<float, 1> scale) {
@@ -89,6 +98,46 @@ void linear(Backend& backend, const Tiles& tiles, In<int8_t, 2> codes, In<float,
   backend.kernels().linear(args, backend.pool());
 }
 
+// The row ops get addresses and sizes as numbers: a call takes 1 us, of which tensors would make 10
+// (DLPack). What the addresses must be is checked in Python, in backend.py.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+Activations activations(const Addresses& a) {
+  return {at<int8_t>(std::get<0>(a)), at<float>(std::get<1>(a)), at<int32_t>(std::get<2>(a)),
+          at<float>(std::get<3>(a))};
+}
+
+void act_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_stride,
+               const Addresses& out) {
+  const ActQuantArgs args{m, k, at<float>(x), x_stride, activations(out)};
+  nb::gil_scoped_release free_python;
+  backend.kernels().act_quant(args, backend.pool());
+}
+
+void rms_norm_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_stride,
+                    uintptr_t residual, int64_t residual_stride, uintptr_t gain, float eps,
+                    uintptr_t stream, const Addresses& out) {
+  const RmsNormArgs args{m,   k,
+                         at<float>(x),        x_stride,
+                         at<float>(residual), residual_stride,
+                         at<float>(gain),     eps,
+                         at<float>(stream),   activations(out)};
+  nb::gil_scoped_release free_python;
+  backend.kernels().rms_norm_quant(args, backend.pool());
+}
+
+void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, int64_t stride,
+                    const Addresses& out) {
+  const SiluMulArgs args{m, k, at<float>(gate_up), stride, activations(out)};
+  nb::gil_scoped_release free_python;
+  backend.kernels().silu_mul_quant(args, backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -117,4 +166,7 @@ NB_MODULE(_C, m) {
   });
   m.def("linear", &qoq::linear, "backend"_a, "tiles"_a, "codes"_a, "act_scale"_a, "row_sum"_a,
         "bias"_a.none(), "out"_a);
+  m.def("act_quant", &qoq::act_quant);
+  m.def("rms_norm_quant", &qoq::rms_norm_quant);
+  m.def("silu_mul_quant", &qoq::silu_mul_quant);
 }
