@@ -12,7 +12,7 @@ from kernels.test_attention import Case, lengths, make_case
 from qoq.kernels.attention import attention_oracle
 from qoq.kernels.cpu.attention import attention, unsupported
 
-pytestmark = pytest.mark.usefixtures("cpu_backend")
+pytestmark = pytest.mark.usefixtures("variant")
 
 BITS = list(itertools.product((4, 8), repeat=2))
 

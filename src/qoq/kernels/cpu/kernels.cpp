@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with QOQ_VARIANT naming the level and flags to match.
 #include "kernels.h"
 
+#include "act_quant.h"
 #include "attention.h"
 #include "linear.h"
 
@@ -10,6 +11,8 @@ namespace qoq {
 #define QOQ_JOIN(a, b) QOQ_JOIN2(a, b)
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
-const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {Isa::QOQ_VARIANT, linear, attention};
+const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
+    Isa::QOQ_VARIANT, linear, attention, act_quant, rms_norm_quant, silu_mul_quant,
+};
 
 }  // namespace qoq

@@ -57,10 +57,49 @@ struct AttentionArgs {
   float* out;                   // [T, heads, dim]
 };
 
+// What enters a linear: int8 rows with a scale and a sum each, or plain floats where codes is null.
+struct Activations {
+  int8_t* codes;     // [M, K]
+  float* scale;      // [M]
+  int32_t* row_sum;  // [M]
+  float* floats;     // [M, K]
+};
+
+struct ActQuantArgs {
+  int64_t m, k;
+  const float* x;    // [M, K], rows `x_stride` apart
+  int64_t x_stride;
+  Activations out;
+};
+
+// stream = x + residual; out = activation of stream / rms(stream) * gain
+struct RmsNormArgs {
+  int64_t m, k;
+  const float* x;         // [M, K], rows `x_stride` apart
+  int64_t x_stride;
+  const float* residual;  // [M, K], rows `residual_stride` apart, or null: then stream is x
+  int64_t residual_stride;
+  const float* gain;      // [K]
+  float eps;
+  float* stream;          // [M, K]; not written without a residual
+  Activations out;
+};
+
+// out = activation of silu(gate) * up
+struct SiluMulArgs {
+  int64_t m, k;
+  const float* gate_up;  // [M, 2K] = gate beside up, rows `stride` apart
+  int64_t stride;
+  Activations out;
+};
+
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
   void (*attention)(const AttentionArgs&, Pool&);
+  void (*act_quant)(const ActQuantArgs&, Pool&);
+  void (*rms_norm_quant)(const RmsNormArgs&, Pool&);
+  void (*silu_mul_quant)(const SiluMulArgs&, Pool&);
 };
 
 const Kernels& kernels_of(Isa isa);

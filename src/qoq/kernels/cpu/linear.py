@@ -9,7 +9,7 @@ from torch import Tensor
 from qoq.errors import BackendUnavailable
 from qoq.formats.activation import QuantizedActivation
 from qoq.formats.scheme import WeightFormat
-from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight, PackedWeight
+from qoq.formats.weights import ChannelWeight, Int8Weight, PackedWeight
 from qoq.kernels.act_quant import Activation
 from qoq.kernels.cpu.backend import address, backend, extension, missing
 from qoq.kernels.prepared import PreparedWeight
@@ -74,8 +74,6 @@ def unsupported(device: torch.device, **what: Any) -> str | None:
         return f"it runs on the CPU, not on {device}"
     if isinstance(x, Tensor) or isinstance(weight, Tensor):
         return "it multiplies int8 rows by packed weights only"
-    if isinstance(weight, GroupWeight) and weight.format.group_size not in (32, 64, 128):
-        return f"groups of {weight.format.group_size} channels"
     if weight is not None and (weight.shape[1] % MULTIPLE or not weight.shape[1]):
         return f"{weight.shape[1]} input channels are no multiple of {MULTIPLE}"
     return missing()

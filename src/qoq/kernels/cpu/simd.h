@@ -35,6 +35,7 @@ typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float F32 __attribute__((vector_size(kBytes)));
 typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));  // one byte per 32-bit lane
+typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -46,6 +47,31 @@ inline V load(const T* p) {
 template <class V, class T>
 inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes at p, the others 0; n = kLanes costs no more than load.
+template <class V, class T>
+inline V load_first(const T* p, int64_t n) {
+  if (n == kLanes) return load<V>(p);
+  V v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class V, class T>
+inline void store_first(T* p, V v, int64_t n) {
+  if (n == kLanes)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+// body(i, n) for each vector of `count` elements: n of them from i on, fewer only in the last.
+template <class F>
+inline __attribute__((always_inline)) void each_vector(int64_t count, F&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
+  if (i < count) body(i, count - i);
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
