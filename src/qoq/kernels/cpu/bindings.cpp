@@ -164,6 +164,16 @@ void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, i
   backend.kernels().silu_mul_quant(args, backend.pool());
 }
 
+int64_t spin_products(Backend& backend, int64_t rounds) {
+  nb::gil_scoped_release free_python;
+  return backend.kernels().spin_products(rounds, backend.pool());
+}
+
+void read_all(Backend& backend, uintptr_t memory, int64_t bytes) {
+  nb::gil_scoped_release free_python;
+  backend.kernels().read_all(at<uint8_t>(memory), bytes, backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -196,4 +206,6 @@ NB_MODULE(_C, m) {
   m.def("act_quant", &qoq::act_quant);
   m.def("rms_norm_quant", &qoq::rms_norm_quant);
   m.def("silu_mul_quant", &qoq::silu_mul_quant);
+  m.def("spin_products", &qoq::spin_products, "backend"_a, "rounds"_a);
+  m.def("read_all", &qoq::read_all, "backend"_a, "memory"_a, "bytes"_a);
 }

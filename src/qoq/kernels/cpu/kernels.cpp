@@ -4,6 +4,7 @@
 #include "act_quant.h"
 #include "attention.h"
 #include "linear.h"
+#include "roof.h"
 
 namespace qoq {
 
@@ -13,6 +14,7 @@ namespace qoq {
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
     Isa::QOQ_VARIANT, linear, attention, act_quant, rms_norm_quant, silu_mul_quant,
+    spin_products, read_all,
 };
 
 }  // namespace qoq

@@ -100,6 +100,8 @@ struct Kernels {
   void (*act_quant)(const ActQuantArgs&, Pool&);
   void (*rms_norm_quant)(const RmsNormArgs&, Pool&);
   void (*silu_mul_quant)(const SiluMulArgs&, Pool&);
+  int64_t (*spin_products)(int64_t rounds, Pool&);
+  void (*read_all)(const uint8_t* memory, int64_t bytes, Pool&);
 };
 
 const Kernels& kernels_of(Isa isa);
