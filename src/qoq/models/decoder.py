@@ -143,7 +143,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Token ids to logits. embed [V, H] float; layers; norm gain fp32 [H]; lm_head [V, H]."""
+    """Token ids to logits. embed [V, H] of any float dtype; layers; norm gain fp32 [H]; lm_head [V, H]."""
 
     config: ModelConfig
     embed: Tensor
@@ -246,8 +246,9 @@ def build_decoder(
     for ``backend`` one by one, so the model is never in memory twice.
     """
     rotation = hadamard_matrix(config.head_dim).to(torch.float32) if k_rotation else None
-    embed = get(EMBED).to(torch.float32)
+    embed = get(EMBED)
     if config.tie_word_embeddings and scheme.lm_head.bits == 16:
+        embed = embed.to(torch.float32)
         head = Linear(embed, None, 16)
     else:
         act_bits = 16 if scheme.lm_head.bits == 16 else scheme.act_bits
