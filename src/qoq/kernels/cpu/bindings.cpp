@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -13,6 +14,7 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 #include "repack.h"
@@ -138,6 +140,39 @@ void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, i
   backend.kernels().silu_mul_quant(args, backend.pool());
 }
 
+// (bits, codes, scale, offset)
+using HalfAddresses = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+PagesHalf pages_half(const HalfAddresses& a) {
+  return {std::get<0>(a), at<void>(std::get<1>(a)), at<uint16_t>(std::get<2>(a)),
+          at<uint16_t>(std::get<3>(a))};
+}
+
+// q, k, v: (address, elements between tokens).
+using Strided = std::pair<uintptr_t, int64_t>;
+
+void kv_append(Backend& backend, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t dim,
+               int64_t pairs, Strided q, Strided k, Strided v, uintptr_t cos, uintptr_t sin,
+               uintptr_t slots, uintptr_t k_center, uintptr_t k_rotation, uintptr_t q_out,
+               int64_t num_pages, int64_t page_size, const HalfAddresses& k_pages,
+               const HalfAddresses& v_pages) {
+  KvAppendArgs args{};
+  args.tokens = tokens, args.q_heads = q_heads, args.kv_heads = kv_heads;
+  args.dim = dim, args.pairs = pairs;
+  args.q = at<float>(q.first), args.q_stride = q.second;
+  args.k = at<float>(k.first), args.k_stride = k.second;
+  args.v = at<float>(v.first), args.v_stride = v.second;
+  args.cos = at<float>(cos), args.sin = at<float>(sin), args.slots = at<int64_t>(slots);
+  args.k_center = at<float>(k_center), args.k_rotation = at<float>(k_rotation);
+  args.q_out = at<float>(q_out), args.page_size = page_size;
+  args.k_pages = pages_half(k_pages), args.v_pages = pages_half(v_pages);
+  for (int64_t t = 0; t < tokens; ++t)
+    if (args.slots[t] >= num_pages * page_size)
+      throw nb::index_error("a slot lies beyond the last page");
+  nb::gil_scoped_release free_python;
+  backend.kernels().kv_append(args, backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -169,4 +204,5 @@ NB_MODULE(_C, m) {
   m.def("act_quant", &qoq::act_quant);
   m.def("rms_norm_quant", &qoq::rms_norm_quant);
   m.def("silu_mul_quant", &qoq::silu_mul_quant);
+  m.def("kv_append", &qoq::kv_append);
 }

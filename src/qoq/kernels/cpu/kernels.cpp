@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "act_quant.h"
+#include "kv_append.h"
 #include "linear.h"
 
 namespace qoq {
@@ -11,7 +12,7 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear, act_quant, rms_norm_quant, silu_mul_quant,
+    Isa::QOQ_VARIANT, linear, act_quant, rms_norm_quant, silu_mul_quant, kv_append,
 };
 
 }  // namespace qoq

@@ -72,12 +72,35 @@ struct SiluMulArgs {
   Activations out;
 };
 
+// K or V of a layer's pages (see formats/kv.py); 16 bits are floats without scale and offset.
+struct PagesHalf {
+  int64_t bits;      // 4, 8 or 16
+  void* codes;       // bytes [P, Hkv, page_size, D * bits / 8], or floats [P, Hkv, page_size, D]
+  uint16_t* scale;   // fp16 [P, Hkv, page_size]
+  uint16_t* offset;
+};
+
+struct KvAppendArgs {
+  int64_t tokens, q_heads, kv_heads, dim;
+  int64_t pairs;            // pairs of dims that RoPE turns, dim / 2 at most
+  const float *q, *k, *v;   // [T, heads, D], tokens `*_stride` apart
+  int64_t q_stride, k_stride, v_stride;
+  const float *cos, *sin;   // [T, pairs]
+  const int64_t* slots;     // [T], inside the pages; negative: nothing is written
+  const float* k_center;    // [Hkv, D] or null
+  const float* k_rotation;  // [D, D] or null
+  float* q_out;             // [T, Hq, D]
+  int64_t page_size;
+  PagesHalf k_pages, v_pages;
+};
+
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
   void (*act_quant)(const ActQuantArgs&, Pool&);
   void (*rms_norm_quant)(const RmsNormArgs&, Pool&);
   void (*silu_mul_quant)(const SiluMulArgs&, Pool&);
+  void (*kv_append)(const KvAppendArgs&, Pool&);
 };
 
 const Kernels& kernels_of(Isa isa);
