@@ -76,7 +76,9 @@ def decode_rows(
             seconds = _median(lambda arguments=arguments: attention(*arguments))
             least = roof.seconds(0, batch * context * page_bytes(kv, *shape) / PAGE_SIZE)
             name = f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
-            yield _row("attention", f"{name}, context {context}, {_kv_name(kv)}", batch, seconds, least)
+            yield _row(
+                "attention", f"{name}, context {context}, {_kv_name(kv)}", batch, seconds, least
+            )
 
 
 def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[Row]:

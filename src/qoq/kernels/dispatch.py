@@ -32,7 +32,15 @@ class Twin:
 
 
 _STEM = {"rms_norm_quant": "act_quant", "silu_mul_quant": "act_quant"}
-_OPS = ("act_quant", "rms_norm_quant", "silu_mul_quant", "linear", "kv_append", "attention", "sample")
+_OPS = (
+    "act_quant",
+    "rms_norm_quant",
+    "silu_mul_quant",
+    "linear",
+    "kv_append",
+    "attention",
+    "sample",
+)
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {

@@ -163,6 +163,8 @@ inline int64_t first_key(const AttentionArgs& a, const Block& b) {
 inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
                          int64_t count, Work& w) {
   const int32_t* table = a.page_table + b.sequence * a.max_pages;
+  const uint8_t* k_codes = static_cast<const uint8_t*>(a.k.codes);
+  const uint8_t* v_codes = static_cast<const uint8_t*>(a.v.codes);
   const int64_t before = first_key(a, b) - start, first = before > 0 ? before : 0;
   for (int64_t i = first; i < count;) {
     const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
@@ -173,8 +175,8 @@ inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b,
     widen(a.v.scale + slot, run, w.v_scale + i);
     widen(a.v.offset + slot, run, w.v_offset + i);
     for (int64_t j = 0; j < run; ++j) {
-      w.k_rows[i + j] = a.k.codes + (slot + j) * s.k_bytes;
-      w.v_rows[i + j] = a.v.codes + (slot + j) * s.v_bytes;
+      w.k_rows[i + j] = k_codes + (slot + j) * s.k_bytes;
+      w.v_rows[i + j] = v_codes + (slot + j) * s.v_bytes;
     }
     i += run;
   }

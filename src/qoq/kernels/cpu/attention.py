@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from qoq.formats.kv import KVPages
-from qoq.kernels.cpu.backend import address, backend, extension, missing
+from qoq.kernels.cpu.backend import address, backend, extension, rows
+from qoq.kernels.cpu.backend import unsupported as unsupported_device
+from qoq.kernels.cpu.pages import page_halves
 
 MAX_DIM = 256
 
@@ -25,29 +27,20 @@ def attention(
     sliding_window: int | None = None,
 ) -> Tensor:
     """As the oracle; see the module for how close."""
-    q = q.to(torch.float32).contiguous()
+    q = rows(q).contiguous()
     tokens, heads, dim = q.shape
-    num, kv_heads, size = pages.k_codes.shape[:3]
+    kv_heads = pages.k_codes.shape[1]
     table, lens, starts = (
         t.to(torch.int32).contiguous() for t in (page_table, kv_lens, cu_seqlens_q)
     )
     sequences, max_pages = table.shape
     out = torch.empty_like(q)
 
-    def half(bits: int, codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[int, ...]:
-        return (
-            bits,
-            address(codes, torch.uint8, num, kv_heads, size, dim * bits // 8),
-            address(scale, torch.float16, num, kv_heads, size),
-            address(offset, torch.float16, num, kv_heads, size),
-        )
-
     extension().attention(
         backend(),
-        (sequences, tokens, heads, kv_heads, dim, num, size, max_pages),
+        (sequences, tokens, heads, kv_heads, dim, pages.num_pages, pages.page_size, max_pages),
         q.data_ptr(),
-        half(pages.format.k_bits, pages.k_codes, pages.k_scale, pages.k_offset),
-        half(pages.format.v_bits, pages.v_codes, pages.v_scale, pages.v_offset),
+        *page_halves(pages, kv_heads, dim),
         address(table, torch.int32, sequences, max_pages),
         address(lens, torch.int32, sequences),
         address(starts, torch.int32, sequences + 1),
@@ -60,11 +53,9 @@ def attention(
 
 def unsupported(device: torch.device, **what: Any) -> str | None:
     """Why this call must be left to another twin, or None."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device}"
     pages, q = what.get("pages"), what.get("q")
     if pages is not None and 16 in (pages.format.k_bits, pages.format.v_bits):
         return "it reads 4- and 8-bit pages only"
     if q is not None and (q.shape[2] % 8 or q.shape[2] > MAX_DIM):
         return f"head_dim {q.shape[2]} is no multiple of 8 up to {MAX_DIM}"
-    return missing()
+    return unsupported_device(device)

@@ -91,8 +91,8 @@ def _cpu_quota(
             continue
         mount = mounts / controllers
         # Inside a container the group's path may be the host's: its root is then all we see.
-        folder = mount / group.strip("/")
-        for folder in (folder, *folder.parents):
+        own = mount / group.strip("/")
+        for folder in (own, *own.parents):
             if controllers:
                 limit = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
             else:

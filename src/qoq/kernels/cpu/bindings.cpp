@@ -1,6 +1,7 @@
 // qoq._C: the kernels as Python sees them. Checks and pointers; no maths.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 #include "repack.h"
@@ -91,17 +93,17 @@ void linear(Backend& backend, const Tiles& tiles, int64_t m, uintptr_t codes, ui
   backend.kernels().linear(args, backend.pool());
 }
 
-using Half = std::tuple<int, uintptr_t, uintptr_t, uintptr_t>;  // bits, codes, scale, offset
+// (bits, codes, scale, offset)
+using HalfAddresses = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 
-PagesHalf pages_half(const Half& half) {
-  const auto [bits, codes, scale, offset] = half;
-  require(bits == 4 || bits == 8, "keys and values have 4 or 8 bits here");
-  return {bits, at<uint8_t>(codes), at<uint16_t>(scale), at<uint16_t>(offset)};
+PagesHalf pages_half(const HalfAddresses& a) {
+  return {std::get<0>(a), at<void>(std::get<1>(a)), at<uint16_t>(std::get<2>(a)),
+          at<uint16_t>(std::get<3>(a))};
 }
 
 // sizes: sequences, tokens, heads, kv_heads, dim, pages, page_size, max_pages.
-void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t q, const Half& k,
-               const Half& v, uintptr_t page_table, uintptr_t kv_lens, uintptr_t cu_seqlens_q,
+void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t q, const HalfAddresses& k,
+               const HalfAddresses& v, uintptr_t page_table, uintptr_t kv_lens, uintptr_t cu_seqlens_q,
                float sm_scale, int64_t window, uintptr_t out) {
   const auto [sequences, tokens, heads, kv_heads, dim, pages, page_size, max_pages] = sizes;
   require(dim % 8 == 0 && dim <= 256, "head dims are multiples of 8 up to 256 here");
@@ -114,6 +116,8 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
                         at<int32_t>(kv_lens), at<int32_t>(cu_seqlens_q),
                         sm_scale,           window,
                         at<float>(out)};
+  for (const PagesHalf& half : {a.k, a.v})
+    require(half.bits == 4 || half.bits == 8, "keys and values have 4 or 8 bits here");
   // What the tables say is data, so it is checked here: a wrong page must not be read.
   require(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[sequences] == tokens,
           "cu_seqlens_q must span the rows of q");
@@ -164,6 +168,31 @@ void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, i
   backend.kernels().silu_mul_quant(args, backend.pool());
 }
 
+// q, k, v: (address, elements between tokens).
+using Strided = std::pair<uintptr_t, int64_t>;
+
+void kv_append(Backend& backend, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t dim,
+               int64_t pairs, Strided q, Strided k, Strided v, uintptr_t cos, uintptr_t sin,
+               uintptr_t slots, uintptr_t k_center, uintptr_t k_rotation, uintptr_t q_out,
+               int64_t num_pages, int64_t page_size, const HalfAddresses& k_pages,
+               const HalfAddresses& v_pages) {
+  KvAppendArgs args{};
+  args.tokens = tokens, args.q_heads = q_heads, args.kv_heads = kv_heads;
+  args.dim = dim, args.pairs = pairs;
+  args.q = at<float>(q.first), args.q_stride = q.second;
+  args.k = at<float>(k.first), args.k_stride = k.second;
+  args.v = at<float>(v.first), args.v_stride = v.second;
+  args.cos = at<float>(cos), args.sin = at<float>(sin), args.slots = at<int64_t>(slots);
+  args.k_center = at<float>(k_center), args.k_rotation = at<float>(k_rotation);
+  args.q_out = at<float>(q_out), args.page_size = page_size;
+  args.k_pages = pages_half(k_pages), args.v_pages = pages_half(v_pages);
+  for (int64_t t = 0; t < tokens; ++t)
+    if (args.slots[t] >= num_pages * page_size)
+      throw nb::index_error("a slot lies beyond the last page");
+  nb::gil_scoped_release free_python;
+  backend.kernels().kv_append(args, backend.pool());
+}
+
 int64_t spin_products(Backend& backend, int64_t rounds) {
   nb::gil_scoped_release free_python;
   return backend.kernels().spin_products(rounds, backend.pool());
@@ -208,4 +237,5 @@ NB_MODULE(_C, m) {
   m.def("silu_mul_quant", &qoq::silu_mul_quant);
   m.def("spin_products", &qoq::spin_products, "backend"_a, "rounds"_a);
   m.def("read_all", &qoq::read_all, "backend"_a, "memory"_a, "bytes"_a);
+  m.def("kv_append", &qoq::kv_append);
 }

@@ -3,6 +3,7 @@
 
 #include "act_quant.h"
 #include "attention.h"
+#include "kv_append.h"
 #include "linear.h"
 #include "roof.h"
 
@@ -13,7 +14,7 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear, attention, act_quant, rms_norm_quant, silu_mul_quant,
+    Isa::QOQ_VARIANT, linear, attention, act_quant, rms_norm_quant, silu_mul_quant, kv_append,
     spin_products, read_all,
 };
 

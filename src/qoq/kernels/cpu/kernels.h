@@ -36,13 +36,12 @@ struct LinearArgs {
   int64_t out_stride;
 };
 
-// Keys or values of one layer's pages: codes [pages, kv_heads, page_size, dim * bits / 8], scale and
-// offset fp16 [pages, kv_heads, page_size].
+// K or V of a layer's pages (see formats/kv.py); 16 bits are floats without scale and offset.
 struct PagesHalf {
-  int bits;  // 4 or 8
-  const uint8_t* codes;
-  const uint16_t* scale;
-  const uint16_t* offset;
+  int64_t bits;      // 4, 8 or 16
+  void* codes;       // bytes [P, Hkv, page_size, D * bits / 8], or floats [P, Hkv, page_size, D]
+  uint16_t* scale;   // fp16 [P, Hkv, page_size]
+  uint16_t* offset;
 };
 
 struct AttentionArgs {
@@ -93,6 +92,20 @@ struct SiluMulArgs {
   Activations out;
 };
 
+struct KvAppendArgs {
+  int64_t tokens, q_heads, kv_heads, dim;
+  int64_t pairs;            // pairs of dims that RoPE turns, dim / 2 at most
+  const float *q, *k, *v;   // [T, heads, D], tokens `*_stride` apart
+  int64_t q_stride, k_stride, v_stride;
+  const float *cos, *sin;   // [T, pairs]
+  const int64_t* slots;     // [T], inside the pages; negative: nothing is written
+  const float* k_center;    // [Hkv, D] or null
+  const float* k_rotation;  // [D, D] or null
+  float* q_out;             // [T, Hq, D]
+  int64_t page_size;
+  PagesHalf k_pages, v_pages;
+};
+
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
@@ -100,6 +113,7 @@ struct Kernels {
   void (*act_quant)(const ActQuantArgs&, Pool&);
   void (*rms_norm_quant)(const RmsNormArgs&, Pool&);
   void (*silu_mul_quant)(const SiluMulArgs&, Pool&);
+  void (*kv_append)(const KvAppendArgs&, Pool&);
   int64_t (*spin_products)(int64_t rounds, Pool&);
   void (*read_all)(const uint8_t* memory, int64_t bytes, Pool&);
 };

@@ -11,7 +11,8 @@ from qoq.formats.activation import QuantizedActivation
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import ChannelWeight, Int8Weight, PackedWeight
 from qoq.kernels.act_quant import Activation
-from qoq.kernels.cpu.backend import address, backend, extension, missing
+from qoq.kernels.cpu.backend import address, backend, extension
+from qoq.kernels.cpu.backend import unsupported as unsupported_device
 from qoq.kernels.prepared import PreparedWeight
 
 MULTIPLE = 32  # input channels of every format the kernels take
@@ -70,10 +71,8 @@ def linear(x: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = N
 def unsupported(device: torch.device, **what: Any) -> str | None:
     """Why this call must be left to another twin, or None."""
     x, weight = what.get("x"), what.get("weight")
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device}"
     if isinstance(x, Tensor) or isinstance(weight, Tensor):
         return "it multiplies int8 rows by packed weights only"
     if weight is not None and (weight.shape[1] % MULTIPLE or not weight.shape[1]):
         return f"{weight.shape[1]} input channels are no multiple of {MULTIPLE}"
-    return missing()
+    return unsupported_device(device)

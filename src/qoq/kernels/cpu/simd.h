@@ -33,7 +33,9 @@ typedef int16_t S16 __attribute__((vector_size(kBytes)));
 typedef int32_t S32 __attribute__((vector_size(kBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float F32 __attribute__((vector_size(kBytes)));
-typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
+typedef double F64 __attribute__((vector_size(kBytes)));
+typedef float F32Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
+typedef uint8_t U8Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as U16
 typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));  // one byte per 32-bit lane
 typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 
@@ -78,6 +80,17 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline F32 splat(float x) { return x - F32{}; }
 inline S32 splat(int32_t x) { return x - S32{}; }
+
+// sums + a * b, rounded once where the processor can.
+inline F64 add_product(F64 sums, F64 a, F64 b) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sums);
+#elif defined(__FMA__)
+  return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sums);
+#else
+  return sums + a * b;
+#endif
+}
 
 // sums += w[4i..4i+3] . x[0..3] in every lane i; w unsigned bytes, x four signed bytes at `x`.
 // Exact: no intermediate saturates.

@@ -4,6 +4,7 @@
 // one dim in a lane and dims side by side.
 #pragma once
 
+#include "half.h"
 #include "simd.h"
 
 namespace qoq {
@@ -89,11 +90,7 @@ inline void widen(const uint16_t* halves, int64_t count, float* out) {
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(halves + i))));
 #endif
-  for (; i < count; ++i) {
-    _Float16 half;
-    std::memcpy(&half, halves + i, 2);
-    out[i] = (float)half;
-  }
+  for (; i < count; ++i) out[i] = from_half(halves[i]);
 }
 
 }  // namespace

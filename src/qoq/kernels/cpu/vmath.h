@@ -1,7 +1,7 @@
 // Functions of float vectors that no instruction computes.
 //
-// No fused multiply-adds and no tables: an element's result is the same on every instruction set and
-// in every lane.
+// No fused multiply-adds and no tables: an element's result is the same on every instruction set
+// and in every lane.
 #pragma once
 
 #include "simd.h"
