@@ -75,9 +75,9 @@ def find(
     twins: dict[str, tuple[Twin, ...]] = TWINS,
     **what: Any,
 ) -> ModuleType | None:
-    """The module of the twin that runs ``op``, None for the oracle; ``what`` goes to ``unsupported``.
+    """The module of the twin that runs ``op``, or None for the oracle.
 
-    Raises BackendUnavailable when a backend other than auto and oracle is named and cannot run,
+    ``what`` is passed to each twin's declaration. Raises BackendUnavailable when a backend other than auto and oracle is named and cannot run,
     with every cause in the message.
     """
     if op not in twins:

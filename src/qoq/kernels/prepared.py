@@ -9,7 +9,7 @@ from qoq.kernels.act_quant import Activation
 
 
 class PreparedWeight(ABC):
-    """What ``linear`` takes in place of a PackedWeight; bound to one twin, never written to disk."""
+    """What ``linear`` takes in place of a PackedWeight: bound to one twin, never on disk."""
 
     shape: tuple[int, int]
     format: WeightFormat

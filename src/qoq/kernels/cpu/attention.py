@@ -1,4 +1,4 @@
-"""attention on the CPU: integer products over 4- and 8-bit pages, in C++ (contract: attention.py).
+"""C++ twin of attention: integer products over 4- and 8-bit pages.
 
 Equal to the oracle within 1e-3 of the largest output: queries and probabilities become 16-bit
 integers. To the bit independent of the batch, of how a prompt is cut, and of threads.

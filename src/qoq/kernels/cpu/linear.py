@@ -1,4 +1,4 @@
-"""linear on the CPU: int8 rows times weights in tile order, in C++ (contract: kernels/linear.py)."""
+"""C++ twin of linear: int8 rows times weights in tile order, equal to the oracle to the bit."""
 
 from dataclasses import dataclass
 from typing import Any
