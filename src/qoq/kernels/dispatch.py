@@ -77,8 +77,8 @@ def find(
 ) -> ModuleType | None:
     """The module of the twin that runs ``op``, or None for the oracle.
 
-    ``what`` is passed to each twin's declaration. Raises BackendUnavailable when a backend other than auto and oracle is named and cannot run,
-    with every cause in the message.
+    ``what`` is passed to each twin's declaration. Raises BackendUnavailable when a backend other
+    than auto and oracle is named and cannot run, with every cause in the message.
     """
     if op not in twins:
         raise ValueError(f"no op named {op!r}; there are {', '.join(twins)}")

@@ -143,7 +143,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Token ids to logits. embed [V, H] of any float; layers; norm gain fp32 [H]; lm_head [V, H]."""
+    """Token ids to logits. embed [V, H] any float; layers; norm gain fp32 [H]; lm_head [V, H]."""
 
     config: ModelConfig
     embed: Tensor
