@@ -42,7 +42,8 @@ def kernels(
     use_threads(threads)
     config, parsed = config_of(shape, 1), QuantScheme.parse(scheme)
     sizes, lengths = numbers(rows, "--rows"), numbers(contexts, "--contexts")
-    note("measuring the roof: int8 products and memory reads")
+    if not json:
+        note("measuring the roof: int8 products and memory reads")
     roof = measure_roof()
     results: list[Row] = []
     with bar("kernels", quiet=json) as progress:
@@ -117,7 +118,8 @@ def throughput(
         raise RequestError("prompt-len and batch must be 1 or more, output-len 2 or more.")
     use_threads(threads)
     config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
-    note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
+    if not json:
+        note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
     decoder = random_decoder(config, parsed)
     with bar("generating", quiet=json) as progress:
 
