@@ -119,8 +119,8 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
   for (const PagesHalf& half : {a.k, a.v})
     require(half.bits == 4 || half.bits == 8, "keys and values have 4 or 8 bits here");
   // What the tables say is data, so it is checked here: a wrong page must not be read.
-  require(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[sequences] == tokens,
-          "cu_seqlens_q must span the rows of q");
+  require(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[sequences] <= tokens,
+          "cu_seqlens_q must span rows of q");
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t rows = a.cu_seqlens_q[s + 1] - a.cu_seqlens_q[s], keys = a.kv_lens[s];
     if (rows == 0) continue;
@@ -131,6 +131,8 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
     for (int64_t i = first / page_size; i * page_size < keys; ++i)
       require(table[i] >= 0 && table[i] < pages, "the page table names a page that does not exist");
   }
+  const int64_t used = a.cu_seqlens_q[sequences] * heads * dim;
+  std::fill(a.out + used, a.out + tokens * heads * dim, 0.0f);
   nb::gil_scoped_release free_python;
   backend.kernels().attention(a, backend.pool());
 }
