@@ -173,6 +173,25 @@ void kv_append(Backend& backend, int64_t tokens, int64_t q_heads, int64_t kv_hea
   backend.kernels().kv_append(args, backend.pool());
 }
 
+void sample_rows(Backend& backend, int64_t rows, int64_t vocab, uintptr_t logits, int64_t stride,
+                 uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+                 uintptr_t seeds, uintptr_t step, uintptr_t ids, uintptr_t logprobs) {
+  const SampleArgs args{rows,
+                        vocab,
+                        at<float>(logits),
+                        stride,
+                        at<float>(temperature),
+                        at<int64_t>(top_k),
+                        at<float>(top_p),
+                        at<float>(min_p),
+                        at<int64_t>(seeds),
+                        at<int64_t>(step),
+                        at<int64_t>(ids),
+                        at<float>(logprobs)};
+  nb::gil_scoped_release free_python;
+  sample(args, backend.kernels(), backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -205,4 +224,5 @@ NB_MODULE(_C, m) {
   m.def("rms_norm_quant", &qoq::rms_norm_quant);
   m.def("silu_mul_quant", &qoq::silu_mul_quant);
   m.def("kv_append", &qoq::kv_append);
+  m.def("sample", &sample_rows);
 }

@@ -4,6 +4,7 @@
 #include "act_quant.h"
 #include "kv_append.h"
 #include "linear.h"
+#include "sample.h"
 
 namespace qoq {
 
@@ -12,7 +13,8 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear, act_quant, rms_norm_quant, silu_mul_quant, kv_append,
+    Isa::QOQ_VARIANT, linear, act_quant,    rms_norm_quant, silu_mul_quant,
+    kv_append,        peak,   total_weight, ranks_above,    draw,
 };
 
 }  // namespace qoq
