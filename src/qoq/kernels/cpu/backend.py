@@ -43,7 +43,7 @@ def backend() -> Any:
     Made by the first op that runs. Worker threads do not survive a fork, so a child makes its own.
     """
     try:
-        return extension().Backend(os.environ.get("QOQ_ISA", ""), _threads())
+        return extension().Backend(os.environ.get("QOQ_ISA", ""), thread_count())
     except ValueError as error:
         raise BackendUnavailable(str(error)) from None
 
@@ -53,15 +53,17 @@ os.register_at_fork(after_in_child=backend.cache_clear)
 
 def set_threads(threads: int) -> None:
     """Run all C++ twins on this many threads from now on, in processes started later too."""
-    os.environ["QOQ_NUM_THREADS"] = str(threads)
-    _threads()
+    os.environ["QOQ_NUM_THREADS"] = str(_positive(str(threads)))
     backend.cache_clear()
 
 
-def _threads() -> int:
+def thread_count() -> int:
+    """Threads a new backend gets."""
     wanted = os.environ.get("QOQ_NUM_THREADS", "")
-    if not wanted:
-        return available_cpus()
+    return _positive(wanted) if wanted else available_cpus()
+
+
+def _positive(wanted: str) -> int:
     if not wanted.isdecimal() or int(wanted) < 1:
         raise BackendUnavailable(f"QOQ_NUM_THREADS must be a number from 1 on, not {wanted!r}")
     return int(wanted)
@@ -77,13 +79,16 @@ def available_cpus() -> int:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cpus = os.cpu_count() or 1
-    return max(1, int(min(cpus, _cpu_quota())))
+    return max(1, int(min(cpus, cpu_quota())))
 
 
-def _cpu_quota(
+def cpu_quota(
     mounts: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """CPUs' worth of time that cgroups (v2 or v1) grant this process; inf if they set no limit."""
+    """CPUs' worth of time that cgroups (v2 or v1) grant this process; inf where none sets a limit.
+
+    A limit of any group above one's own counts too.
+    """
     quota = math.inf
     for line in _read(membership).splitlines():
         _, controllers, group = line.split(":", 2)

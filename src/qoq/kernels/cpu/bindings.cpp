@@ -205,6 +205,25 @@ void read_all(Backend& backend, uintptr_t memory, int64_t bytes) {
   backend.kernels().read_all(at<uint8_t>(memory), bytes, backend.pool());
 }
 
+void sample_rows(Backend& backend, int64_t rows, int64_t vocab, uintptr_t logits, int64_t stride,
+                 uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+                 uintptr_t seeds, uintptr_t step, uintptr_t ids, uintptr_t logprobs) {
+  const SampleArgs args{rows,
+                        vocab,
+                        at<float>(logits),
+                        stride,
+                        at<float>(temperature),
+                        at<int64_t>(top_k),
+                        at<float>(top_p),
+                        at<float>(min_p),
+                        at<int64_t>(seeds),
+                        at<int64_t>(step),
+                        at<int64_t>(ids),
+                        at<float>(logprobs)};
+  nb::gil_scoped_release free_python;
+  sample(args, backend.kernels(), backend.pool());
+}
+
 }  // namespace
 }  // namespace qoq
 
@@ -240,4 +259,5 @@ NB_MODULE(_C, m) {
   m.def("spin_products", &qoq::spin_products, "backend"_a, "rounds"_a);
   m.def("read_all", &qoq::read_all, "backend"_a, "memory"_a, "bytes"_a);
   m.def("kv_append", &qoq::kv_append);
+  m.def("sample", &sample_rows);
 }

@@ -6,6 +6,7 @@
 #include "kv_append.h"
 #include "linear.h"
 #include "roof.h"
+#include "sample.h"
 
 namespace qoq {
 
@@ -14,8 +15,9 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear, attention, act_quant, rms_norm_quant, silu_mul_quant, kv_append,
-    spin_products, read_all,
+    Isa::QOQ_VARIANT, linear,       attention,  act_quant,   rms_norm_quant,
+    silu_mul_quant,   kv_append,    spin_products, read_all, peak,
+    total_weight,     ranks_above,  draw,
 };
 
 }  // namespace qoq

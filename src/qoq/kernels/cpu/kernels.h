@@ -106,6 +106,29 @@ struct KvAppendArgs {
   PagesHalf k_pages, v_pages;
 };
 
+// S rows of logits, the parameters of each, and what is drawn (see sample.py).
+struct SampleArgs {
+  int64_t rows, vocab;
+  const float* logits;  // [S, V], rows `stride` apart
+  int64_t stride;
+  const float* temperature;
+  const int64_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const int64_t* seeds;
+  const int64_t* step;
+  int64_t* ids;
+  float* logprobs;
+};
+
+// The highest of a row of logits (the lowest id of a tie; the first NaN if there is one), and the
+// log of the sum of e^logit.
+struct RowPeak {
+  int64_t id;
+  float logit;
+  double log_sum;
+};
+
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
@@ -116,8 +139,17 @@ struct Kernels {
   void (*kv_append)(const KvAppendArgs&, Pool&);
   int64_t (*spin_products)(int64_t rounds, Pool&);
   void (*read_all)(const uint8_t* memory, int64_t bytes, Pool&);
+  // Passes over one row of logits: see sample.h.
+  RowPeak (*peak)(const float* logits, int64_t vocab, float* group_tops);
+  double (*total_weight)(const float* logits, int64_t vocab, double temperature, double top);
+  int64_t (*ranks_above)(const float* logits, int64_t vocab, float least, uint64_t* ranks);
+  int64_t (*draw)(const float* logits, int64_t vocab, double temperature, uint64_t key,
+                  int64_t first);
 };
 
 const Kernels& kernels_of(Isa isa);
+
+// The one op that is not compiled per instruction set: it rests on the passes above.
+void sample(const SampleArgs&, const Kernels&, Pool&);
 
 }  // namespace qoq

@@ -33,6 +33,7 @@ typedef int16_t S16 __attribute__((vector_size(kBytes)));
 typedef int32_t S32 __attribute__((vector_size(kBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float F32 __attribute__((vector_size(kBytes)));
+typedef uint64_t U64 __attribute__((vector_size(kBytes)));
 typedef double F64 __attribute__((vector_size(kBytes)));
 typedef float F32Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
 typedef uint8_t U8Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as U16
@@ -80,6 +81,21 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline F32 splat(float x) { return x - F32{}; }
 inline S32 splat(int32_t x) { return x - S32{}; }
+
+// Bit i = sign of lane i: which lanes of a comparison hold.
+inline uint32_t lanes_set(S32 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(mask[i] < 0) << i;
+  return bits;
+#endif
+}
 
 // sums + a * b, rounded once where the processor can.
 inline F64 add_product(F64 sums, F64 a, F64 b) {
