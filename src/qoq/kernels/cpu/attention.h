@@ -17,7 +17,7 @@
 namespace qoq {
 namespace {
 
-constexpr int64_t kSpan = 2048;     // keys; work can be split between spans
+constexpr int64_t kSpanKeys = 2048;     // keys; work can be split between spans
 constexpr int64_t kQueryRows = 32;  // rows (tokens x heads of a group) that share an unpacking
 
 // scores of P query rows from `row` on, for keys t..t+4 vectors.
@@ -151,9 +151,9 @@ inline void attend_segment(const AttentionArgs& a, const Shape& s, const Block& 
 inline void attend_span(const AttentionArgs& a, const Shape& s, const Block& b, int64_t span,
                         Work& w) {
   clear(w.span, b.tokens * s.group, s.lanes);
-  const int64_t end = least(b.position + b.tokens, (span + 1) * kSpan);
+  const int64_t end = least(b.position + b.tokens, (span + 1) * kSpanKeys);
   int64_t start = first_key(a, b) / kSegment * kSegment;
-  if (start < span * kSpan) start = span * kSpan;
+  if (start < span * kSpanKeys) start = span * kSpanKeys;
   for (; start < end; start += kSegment) attend_segment(a, s, b, start, end, w);
 }
 
@@ -213,18 +213,18 @@ void attention(const AttentionArgs& a, Pool& pool) {
   const int64_t rows = blocks.tokens * s.group, bytes = Work::bytes(s, rows);
   const int64_t count = blocks.count();
   const auto spans_of = [&](const Block& b) {
-    return (b.position + b.tokens + kSpan - 1) / kSpan - first_key(a, b) / kSpan;
+    return (b.position + b.tokens + kSpanKeys - 1) / kSpanKeys - first_key(a, b) / kSpanKeys;
   };
   int64_t most = 0;
   for (int64_t i = 0; i < a.sequences; ++i)
     if (a.cu_seqlens_q[i + 1] > a.cu_seqlens_q[i] && a.kv_lens[i] > most) most = a.kv_lens[i];
-  if (count >= 2 * pool.threads() || most <= kSpan) {
+  if (count >= 2 * pool.threads() || most <= kSpanKeys) {
     pool.each(count, [&](int64_t i, int thread) {
       const Block b = blocks.at(i);
       Work& w = *Work::make(pool.scratch(thread, bytes), s, rows);
       load_queries(a, s, b, w);
       clear(w.total, rows, s.lanes);
-      const int64_t first = first_key(a, b) / kSpan;
+      const int64_t first = first_key(a, b) / kSpanKeys;
       for (int64_t span = first; span < first + spans_of(b); ++span) {
         attend_span(a, s, b, span, w);
         fold_all(w.total, w.span, b.tokens * s.group, s.lanes);
@@ -234,7 +234,7 @@ void attention(const AttentionArgs& a, Pool& pool) {
     return;
   }
   // Few blocks with many keys: spans are shared out as well, then folded in the same order.
-  const int64_t spans = (most + kSpan - 1) / kSpan, floats = s.partial_floats(rows);
+  const int64_t spans = (most + kSpanKeys - 1) / kSpanKeys, floats = s.partial_floats(rows);
   const Memory memory(count * spans * floats * (int64_t)sizeof(float));
   float* partials = static_cast<float*>(memory.start);
   const auto partial_of = [&](int64_t block, int64_t span) {
@@ -246,7 +246,7 @@ void attention(const AttentionArgs& a, Pool& pool) {
     Work& w = *Work::make(pool.scratch(thread, bytes), s, rows);
     load_queries(a, s, b, w);
     w.span = partial_of(i / spans, i % spans);
-    attend_span(a, s, b, first_key(a, b) / kSpan + i % spans, w);
+    attend_span(a, s, b, first_key(a, b) / kSpanKeys + i % spans, w);
   });
   pool.each(count, [&](int64_t i, int) {
     const Block b = blocks.at(i);
