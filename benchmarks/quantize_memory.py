@@ -56,7 +56,8 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "peak_rss_gb": round(peak / 1e9, 3),
         "checkpoint_gb": round(size / 1e9, 3),
-        "command": "python benchmarks/quantize_memory.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/quantize_memory.py {args.shapes} --samples {args.samples}"
+        + (f" --layers {args.layers}" if args.layers else ""),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
         ).stdout.strip(),
