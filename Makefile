@@ -4,7 +4,8 @@
 # make lint    ruff, ruff format --check, mypy            make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
-# Every target first makes .venv in this folder, with qoq installed in editable mode.
+# Every target first makes .venv in this folder, with qoq installed in editable mode and its C++
+# extension compiled; it is compiled again when its sources change.
 
 # The Python to build .venv with: 3.11 or newer.
 PYTHON ?= python3
@@ -47,7 +48,7 @@ clean:
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "qoq needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_model import SHAPES, write_random_model
+from random_model import write_random_model
+
+from qoq.bench.shapes import SHAPES, config_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "books-llama"
@@ -43,7 +45,7 @@ def main() -> None:
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - start
         size = sum(file.stat().st_size for file in out.iterdir())
-    layers = args.layers or SHAPES[args.shapes]["num_hidden_layers"]
+    layers = config_of(args.shapes, args.layers).num_layers
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     result = {
         "shapes": args.shapes,

@@ -47,7 +47,7 @@ class LLM:
             raise RequestError(f"kv_tokens must be 1 or more, not {kv_tokens}.")
         if max_requests < 1:
             raise RequestError(f"max_requests must be 1 or more, not {max_requests}.")
-        loaded = load_model(model)
+        loaded = load_model(model, backend=backend)
         self.path = loaded.path
         self.config = loaded.config
         self.scheme = loaded.scheme

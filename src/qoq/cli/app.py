@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from qoq import __version__
+from qoq.cli.bench import kernels, throughput
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
 from qoq.cli.eval_ppl import ppl
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+benches = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 def _version(wanted: bool) -> None:
@@ -57,6 +59,9 @@ app.add_typer(evaluation, name="eval", help="Measure accuracy: perplexity, KL, t
 evaluation.command()(ppl)
 evaluation.command()(table)
 evaluation.command()(render)
+app.add_typer(benches, name="bench", help="Measure speed: kernels and whole models.")
+benches.command()(kernels)
+benches.command()(throughput)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)

@@ -15,7 +15,10 @@ def check_env(
     """Show versions, hardware and, per op, the implementation that runs.
 
     --json prints: qoq_version, hardware (cpu, cores, threads, memory_gb, torch, python, system),
-    memory_free_gb, gpus (names), device, ops (op -> implementation).
+    memory_free_gb, gpus (names), cpu_kernels (isa, usable_isas, threads; or missing, the reason),
+    device, ops (op -> implementation).
+
+    QOQ_ISA and QOQ_NUM_THREADS choose the instruction set and the threads of the CPU kernels.
     """
     import psutil
     import torch
@@ -31,6 +34,7 @@ def check_env(
         "hardware": hardware(),
         "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "gpus": gpus,
+        "cpu_kernels": _cpu_kernels(),
         "device": device,
         "ops": dict(describe(device)),
     }
@@ -42,8 +46,26 @@ def check_env(
     print(f"{machine['cpu']}: {machine['cores']} cores, torch uses {machine['threads']} threads")
     print(f"memory: {machine['memory_gb']} GB, free {facts['memory_free_gb']} GB")
     print(f"GPUs: {', '.join(gpus) or 'none'}")
+    native = facts["cpu_kernels"]
+    if "missing" in native:
+        print(f"CPU kernels: none ({native['missing']})")
+    else:
+        usable = ", ".join(native["usable_isas"])
+        print(f"CPU kernels: {native['isa']} (of {usable}), {native['threads']} threads")
     for op, what in facts["ops"].items():
         print(f"{op:16} {what}")
+
+
+def _cpu_kernels() -> dict[str, Any]:
+    """What the C++ kernels run on here, or why there are none."""
+    from qoq.kernels.cpu import backend
+
+    reason = backend.missing()
+    if reason is not None:
+        return {"missing": reason}
+    shared = backend.backend()
+    usable = backend.extension().usable_isas()
+    return {"isa": shared.isa, "usable_isas": usable, "threads": shared.threads}
 
 
 def check_device(device: str) -> None:

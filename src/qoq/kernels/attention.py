@@ -32,7 +32,11 @@ def attention(
     the queries' own included; cu_seqlens_q int32 [S+1] rows of q per sequence, some may be empty.
     Row j of a sequence stands at position kv_len - q_len + j and sees keys at positions <= its own
     (with a window w: > its own - w). A sequence's rows depend on nothing but that sequence.
+    Rows past cu_seqlens_q's end are padding, their output is 0. Over pages that hold floats torch
+    does the work, whatever the backend.
     """
+    if pages.format.k_bits == pages.format.v_bits == 16:
+        backend = "oracle"
     run = resolve("attention", backend, q.device, q=q, pages=pages, sliding_window=sliding_window)
     out: Tensor = run(q, pages, page_table, kv_lens, cu_seqlens_q, sm_scale, sliding_window)
     return out
@@ -51,7 +55,7 @@ def attention_oracle(
     if q.shape[1] % pages.k_codes.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not share {pages.k_codes.shape[1]} KV heads")
     q = q.to(torch.float32)
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q)
     starts, lens = cu_seqlens_q.tolist(), kv_lens.tolist()
     for s, kv_len in enumerate(lens):
         start, stop = starts[s], starts[s + 1]

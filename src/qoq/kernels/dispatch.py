@@ -6,6 +6,7 @@ is needed, and the only state is Python's own module cache.
 """
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,18 +32,21 @@ class Twin:
     module: str
 
 
-# op -> twins, fastest first. Empty until a twin has been written and compared with its oracle.
-TWINS: dict[str, tuple[Twin, ...]] = {
-    "act_quant": (),
-    "rms_norm_quant": (),
-    "silu_mul_quant": (),
-    "linear": (),
-    "kv_append": (),
-    "attention": (),
-    "sample": (),
-}
-
 _STEM = {"rms_norm_quant": "act_quant", "silu_mul_quant": "act_quant"}
+_OPS = (
+    "act_quant",
+    "rms_norm_quant",
+    "silu_mul_quant",
+    "linear",
+    "kv_append",
+    "attention",
+    "sample",
+)
+
+# op -> twins, fastest first.
+TWINS: dict[str, tuple[Twin, ...]] = {
+    op: (Twin("cpu", f"qoq.kernels.cpu.{_STEM.get(op, op)}"),) for op in _OPS
+}
 
 
 def resolve(
@@ -53,10 +57,29 @@ def resolve(
     twins: dict[str, tuple[Twin, ...]] = TWINS,
     **what: Any,
 ) -> Callable[..., Any]:
-    """The callable that runs ``op`` on ``device``; ``what`` is passed to each twin's declaration.
+    """The callable that runs ``op`` on ``device``: a twin's (see ``find``) or the oracle's."""
+    module = find(op, backend, device, twins=twins, **what)
+    if module is not None:
+        chosen: Callable[..., Any] = getattr(module, op)
+        return chosen
+    oracle: Callable[..., Any] = getattr(
+        importlib.import_module(f"qoq.kernels.{_STEM.get(op, op)}"), f"{op}_oracle"
+    )
+    return oracle
 
-    Raises BackendUnavailable when a backend other than auto and oracle is named and cannot run,
-    with every cause in the message.
+
+def find(
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    *,
+    twins: dict[str, tuple[Twin, ...]] = TWINS,
+    **what: Any,
+) -> ModuleType | None:
+    """The module of the twin that runs ``op``, or None for the oracle.
+
+    ``what`` is passed to each twin's declaration. Raises BackendUnavailable when a backend other
+    than auto and oracle is named and cannot run, with every cause in the message.
     """
     if op not in twins:
         raise ValueError(f"no op named {op!r}; there are {', '.join(twins)}")
@@ -71,8 +94,7 @@ def resolve(
                 continue
             module, reason = _load(twin, torch.device(device), what)
             if module is not None:
-                chosen: Callable[..., Any] = getattr(module, op)
-                return chosen
+                return module
             refusals.append(f"{twin.backend}: {reason}")
         if backend != "auto":
             cause = "; ".join(refusals) or "this version has no such implementation"
@@ -82,11 +104,8 @@ def resolve(
             )
         if refusals:
             # The warnings module shows a given text once per process, which is what we want.
-            warnings.warn(f"{op} runs on the slow oracle ({'; '.join(refusals)})", stacklevel=3)
-    oracle: Callable[..., Any] = getattr(
-        importlib.import_module(f"qoq.kernels.{_STEM.get(op, op)}"), f"{op}_oracle"
-    )
-    return oracle
+            warnings.warn(f"{op} runs on the slow oracle ({'; '.join(refusals)})", stacklevel=4)
+    return None
 
 
 def _load(
@@ -94,7 +113,8 @@ def _load(
 ) -> tuple[ModuleType, None] | tuple[None, str]:
     """The twin's module if it can run this call, else the reason it cannot."""
     try:
-        module = importlib.import_module(twin.module)
+        # Asked for by every op of every layer: import_module would take a third of resolve's time.
+        module = sys.modules.get(twin.module) or importlib.import_module(twin.module)
     except (ImportError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
     reason = module.unsupported(device, **what)

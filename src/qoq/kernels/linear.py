@@ -10,10 +10,10 @@ per-channel 4-bit        y = s_a * (s_w * acc + offset * row_sum)   (offset leav
 import torch
 from torch import Tensor
 
-from qoq.formats.activation import QuantizedActivation
 from qoq.formats.weights import ChannelWeight, GroupWeight, PackedWeight
 from qoq.kernels.act_quant import Activation
-from qoq.kernels.dispatch import resolve
+from qoq.kernels.dispatch import find, resolve
+from qoq.kernels.prepared import PreparedWeight
 
 # 128 * 128 * 1024 = 2**24: in chunks of this many terms every partial sum is an exact fp32 integer.
 _EXACT_CHUNK = 1024
@@ -21,7 +21,7 @@ _EXACT_CHUNK = 1024
 
 def linear(
     x: Activation,
-    weight: PackedWeight | Tensor,
+    weight: PackedWeight | PreparedWeight | Tensor,
     bias: Tensor | None = None,
     *,
     backend: str = "auto",
@@ -29,12 +29,28 @@ def linear(
     """fp32 [M, N] = x [M, K] times weight [N, K] transposed (+ bias [N]).
 
     int8 rows x packed weight: exact integer accumulation, then the epilogue above. Where one side
-    is float (W4A16, a 16-bit lm_head), the other is dequantized and the product is fp32.
+    is float (W4A16, a 16-bit lm_head), the other is dequantized and torch multiplies in fp32. A
+    prepared weight is multiplied by the twin that prepared it.
     """
-    device = (x.codes if isinstance(x, QuantizedActivation) else x).device
-    run = resolve("linear", backend, device, x=x, weight=weight)
+    if isinstance(weight, PreparedWeight):
+        return weight.multiply(x, bias)
+    if isinstance(x, Tensor) or isinstance(weight, Tensor):
+        return linear_oracle(x, weight, bias)
+    run = resolve("linear", backend, x.codes.device, x=x, weight=weight)
     out: Tensor = run(x, weight, bias)
     return out
+
+
+def prepare(weight: PackedWeight, backend: str = "auto") -> PackedWeight | PreparedWeight:
+    """The weight in the layout of the twin that ``linear`` would take: once, at load.
+
+    The oracle multiplies by the canonical weight, which then comes back as it is.
+    """
+    twin = find("linear", backend, weight.codes.device, weight=weight)
+    if twin is None:
+        return weight
+    prepared: PreparedWeight = twin.prepare(weight)
+    return prepared
 
 
 def linear_oracle(

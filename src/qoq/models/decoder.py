@@ -143,7 +143,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Token ids to logits. embed [V, H] float; layers; norm gain fp32 [H]; lm_head [V, H]."""
+    """Token ids to logits. embed [V, H] any float; layers; norm gain fp32 [H]; lm_head [V, H]."""
 
     config: ModelConfig
     embed: Tensor
@@ -198,10 +198,12 @@ def build_layer(
     k_rotation: Tensor | None = None,
     *,
     names: Container[str] = (),
+    backend: str = "oracle",
 ) -> DecoderLayer:
     """Layer ``index`` from tensors by checkpoint name (``anatomy`` lists them).
 
-    ``names`` tells whether the optional ``self_attn.k_center`` is there.
+    ``names`` tells whether the optional ``self_attn.k_center`` is there; packed weights are laid
+    out for ``backend`` ("oracle": left as they are).
     """
     prefix = layer_prefix(index)
 
@@ -210,7 +212,7 @@ def build_layer(
 
     def stacked(tap: str, bias: bool) -> Linear:
         parts = [prefix + name for name in INPUTS[tap]]
-        return load_linear(scheme.weight, scheme.act_bits, parts, bias, get)
+        return load_linear(scheme.weight, scheme.act_bits, parts, bias, get, backend)
 
     center = f"{prefix}self_attn.k_center"
     return DecoderLayer(
@@ -236,23 +238,26 @@ def build_decoder(
     k_rotation: bool = False,
     *,
     names: Container[str] = (),
+    backend: str = "oracle",
 ) -> Decoder:
     """The whole decoder; ``k_rotation`` adds the Hadamard turn of q and k over head_dim.
 
-    A tied 16-bit head is the embedding itself, shared and not copied.
+    A tied 16-bit head is the embedding itself, shared and not copied. Packed weights are laid out
+    for ``backend`` one by one, so the model is never in memory twice.
     """
     rotation = hadamard_matrix(config.head_dim).to(torch.float32) if k_rotation else None
-    embed = get(EMBED).to(torch.float32)
+    embed = get(EMBED)
     if config.tie_word_embeddings and scheme.lm_head.bits == 16:
+        embed = embed.to(torch.float32)
         head = Linear(embed, None, 16)
     else:
         act_bits = 16 if scheme.lm_head.bits == 16 else scheme.act_bits
-        head = load_linear(scheme.lm_head, act_bits, [LM_HEAD], False, get)
+        head = load_linear(scheme.lm_head, act_bits, [LM_HEAD], False, get, backend)
     return Decoder(
         config,
         embed,
         [
-            build_layer(config, scheme, i, get, names=names, k_rotation=rotation)
+            build_layer(config, scheme, i, get, rotation, names=names, backend=backend)
             for i in range(config.num_layers)
         ],
         get(FINAL_NORM).to(torch.float32),

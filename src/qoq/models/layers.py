@@ -1,7 +1,7 @@
 """Linear: a weight of any format with its bias, and how its tensors are found in a checkpoint."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import PackedWeight, packed_type
 from qoq.kernels.act_quant import Activation
-from qoq.kernels.linear import linear
+from qoq.kernels.linear import linear, prepare
+from qoq.kernels.prepared import PreparedWeight
 
 Get = Callable[[str], Tensor]
 """Returns a tensor by its checkpoint name."""
@@ -17,15 +18,21 @@ Get = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x @ weight.T + bias``; weight packed or fp32 [N, K], bias fp32 [N] or None.
+    """``y = x @ weight.T + bias``; weight packed, prepared or fp32 [N, K], bias fp32 [N] or None.
 
     ``act_bits`` says what must enter: 8 for int8 rows, 16 for float rows. Whoever makes the input
     (a norm, SiLU-mul) reads it there, so precision stays a property of the weight.
     """
 
-    weight: PackedWeight | Tensor
+    weight: PackedWeight | PreparedWeight | Tensor
     bias: Tensor | None
     act_bits: int
+
+    def prepared(self, backend: str) -> "Linear":
+        """With the weight in the layout its twin likes, where int8 rows meet a packed weight."""
+        if self.act_bits == 16 or isinstance(self.weight, (Tensor, PreparedWeight)):
+            return self
+        return replace(self, weight=prepare(self.weight, backend))
 
     def __call__(self, x: Activation, *, backend: str = "auto") -> Tensor:
         """fp32 [M, N] for x [M, K]."""
@@ -44,8 +51,17 @@ def load_weight(fmt: WeightFormat, names: Sequence[str], get: Get) -> PackedWeig
 
 
 def load_linear(
-    fmt: WeightFormat, act_bits: int, names: Sequence[str], bias: bool, get: Get
+    fmt: WeightFormat,
+    act_bits: int,
+    names: Sequence[str],
+    bias: bool,
+    get: Get,
+    backend: str = "oracle",
 ) -> Linear:
-    """Linears ``names`` (which share their input) as one, stacked along N in that order."""
+    """Linears ``names`` (which share their input) as one, stacked along N in that order.
+
+    The weight is prepared for ``backend``: canonical for the oracle.
+    """
     biases = [get(f"{name}.bias").to(torch.float32) for name in names] if bias else []
-    return Linear(load_weight(fmt, names, get), torch.cat(biases) if biases else None, act_bits)
+    weight, stacked = load_weight(fmt, names, get), torch.cat(biases) if biases else None
+    return Linear(weight, stacked, act_bits).prepared(backend)

@@ -27,15 +27,18 @@ class LoadedModel:
     path: Path
 
 
-def load_model(path: str | Path, *, kv: KVFormat | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path, *, kv: KVFormat | None = None, backend: str = "auto"
+) -> LoadedModel:
     """Load a packed checkpoint or a full-precision model, told apart by ``config.json``.
 
     ``path`` is a folder or a hub id. ``kv`` replaces the scheme's KV format (full-precision models
-    have a 16-bit one). Raises SourceError, CheckpointError or UnsupportedModelError.
+    have a 16-bit one); packed weights are laid out for ``backend``. Raises SourceError,
+    CheckpointError, UnsupportedModelError or BackendUnavailable.
     """
     folder = resolve_source(path)
     if is_packed(folder):
-        return _load_packed(folder, kv)
+        return _load_packed(folder, kv, backend)
     source = HFSource(folder)
     config = ModelConfig.from_hf(source.config)
     check_source(config, source)
@@ -89,7 +92,7 @@ def check_source(config: ModelConfig, source: HFSource) -> None:
             )
 
 
-def _load_packed(folder: Path, kv: KVFormat | None) -> LoadedModel:
+def _load_packed(folder: Path, kv: KVFormat | None, backend: str) -> LoadedModel:
     checkpoint = PackedCheckpoint.open(folder)
     # Our checkpoints always store the head, whatever the source did.
     config = replace(ModelConfig.from_hf(checkpoint.raw_config), tie_word_embeddings=False)
@@ -98,6 +101,8 @@ def _load_packed(folder: Path, kv: KVFormat | None) -> LoadedModel:
     checkpoint.verify(packed_tensors(config, checkpoint.scheme, k_center))
     scheme = checkpoint.scheme if kv is None else checkpoint.scheme.with_kv(kv)
     k_rotation = checkpoint.manifest.get("k_rotation") == "hadamard"
-    decoder = build_decoder(config, scheme, checkpoint.get, k_rotation, names=names)
+    decoder = build_decoder(
+        config, scheme, checkpoint.get, k_rotation, names=names, backend=backend
+    )
     checkpoint.close()
     return LoadedModel(config, scheme, decoder, folder)

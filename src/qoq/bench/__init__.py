@@ -1,0 +1,8 @@
+"""Speed, measured: kernels against what the machine can do, models against the paper's protocol.
+
+shapes          real models' shapes, by name
+random_weights  packed weights of these shapes, made in memory
+roof            what the machine can do at most, measured in the same run
+kernels         each op x shape x rows, against its roof
+throughput      prefill and decode of a whole model through the engine
+"""

@@ -1,0 +1,117 @@
+"""Each op at real shapes, timed against its roof: the least time its operations and bytes allow."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qoq.bench.random_weights import random_linear
+from qoq.bench.roof import Roof, timed
+from qoq.formats.activation import quantize_per_token
+from qoq.formats.kv import KVPages, page_bytes
+from qoq.formats.scheme import KVFormat, WeightFormat
+from qoq.kernels.act_quant import rms_norm_quant, silu_mul_quant
+from qoq.kernels.attention import attention
+from qoq.kernels.linear import linear
+from qoq.models.anatomy import INPUTS, layer_linears
+from qoq.models.config import ModelConfig
+
+PAGE_SIZE = 64
+ENOUGH_SECONDS = 0.2  # of timed runs per case, within MIN_RUNS and MAX_RUNS
+MIN_RUNS, MAX_RUNS = 3, 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op at one size. ``shape`` names the linear (N x K) or the attention (heads, context);
+    M is the number of rows; ``fraction`` = roof_seconds / seconds.
+    """
+
+    op: str
+    shape: str
+    M: int
+    seconds: float
+    roof_seconds: float
+    fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def linear_rows(
+    config: ModelConfig, fmt: WeightFormat, rows: Sequence[int], roof: Roof
+) -> Iterator[Row]:
+    """Every fused linear of a layer, at every number of rows."""
+    for tap, parts in INPUTS.items():
+        specs = [spec for spec in layer_linears(config) if spec.name in parts]
+        n, k = sum(spec.out_features for spec in specs), specs[0].in_features
+        weight, weight_bytes = random_linear(n, k, fmt)
+        for m in rows:
+            x = quantize_per_token(torch.randn(m, k))
+            seconds = _median(lambda x=x, weight=weight: linear(x, weight))
+            least = roof.seconds(2 * m * n * k, weight_bytes + m * k)
+            yield _row("linear", f"{tap} {n}x{k} {fmt}", m, seconds, least)
+
+
+def decode_rows(
+    config: ModelConfig,
+    kv: KVFormat,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    roof: Roof,
+) -> Iterator[Row]:
+    """Attention of one layer, one new token for each of ``batch`` sequences of equal context."""
+    shape = (config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    for context in contexts:
+        for batch in batches:
+            each = -(-context // PAGE_SIZE)
+            pages = _random_pages(kv, batch * each, *shape)
+            table = torch.randperm(batch * each, dtype=torch.int32).reshape(batch, each)
+            lens = torch.full((batch,), context, dtype=torch.int32)
+            starts = torch.arange(batch + 1, dtype=torch.int32)
+            q = torch.randn(batch, config.num_heads, config.head_dim)
+            arguments = (q, pages, table, lens, starts, config.sm_scale)
+            seconds = _median(lambda arguments=arguments: attention(*arguments))
+            least = roof.seconds(0, batch * context * page_bytes(kv, *shape) / PAGE_SIZE)
+            name = f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
+            yield _row(
+                "attention", f"{name}, context {context}, {_kv_name(kv)}", batch, seconds, least
+            )
+
+
+def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[Row]:
+    """The ops that turn float rows into int8 rows; their roof is reading the floats."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    for m in rows:
+        x, residual, gain = torch.randn(m, hidden), torch.randn(m, hidden), torch.ones(hidden)
+        seconds = _median(lambda x=x, r=residual, g=gain: rms_norm_quant(x, g, 1e-5, 8, r))
+        yield _row("rms_norm_quant", f"{hidden}", m, seconds, roof.seconds(0, 8 * m * hidden))
+        gate_up = torch.randn(m, 2 * inner)
+        seconds = _median(lambda gate_up=gate_up: silu_mul_quant(gate_up, 8))
+        yield _row("silu_mul_quant", f"{inner}", m, seconds, roof.seconds(0, 8 * m * inner))
+
+
+def _row(op: str, shape: str, m: int, seconds: float, least: float) -> Row:
+    return Row(op, shape, m, seconds, least, least / seconds)
+
+
+def _kv_name(kv: KVFormat) -> str:
+    return f"kv{kv.k_bits}" if kv.k_bits == kv.v_bits else f"k{kv.k_bits}v{kv.v_bits}"
+
+
+def _median(run: Any) -> float:
+    once = timed(run, 1)[0]
+    repeats = int(min(MAX_RUNS, max(MIN_RUNS, ENOUGH_SECONDS / max(once, 1e-6))))
+    return statistics.median(timed(run, repeats))
+
+
+def _random_pages(kv: KVFormat, num: int, kv_heads: int, page_size: int, dim: int) -> KVPages:
+    pages = KVPages.empty(kv, num, kv_heads, page_size, dim)
+    for codes in (pages.k_codes, pages.v_codes):
+        codes.random_(0, 256)
+    for scale, offset in ((pages.k_scale, pages.k_offset), (pages.v_scale, pages.v_offset)):
+        scale.fill_(0.1)
+        offset.fill_(-0.75)
+    return pages

@@ -1,0 +1,69 @@
+"""A decoder of random packed weights: real shapes and formats, without a checkpoint.
+
+Made tensor by tensor and laid out for the backend at once, so an 8B model never needs more memory
+than its packed size. Activations stay of ordinary size, so every step does ordinary work.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qoq.formats.scheme import QuantScheme, WeightFormat
+from qoq.formats.weights import PackedWeight, packed_type
+from qoq.kernels.linear import prepare
+from qoq.kernels.prepared import PreparedWeight
+from qoq.models.anatomy import packed_linear_tensors, packed_tensors
+from qoq.models.config import ModelConfig
+from qoq.models.decoder import Decoder, build_decoder
+
+
+def random_decoder(
+    config: ModelConfig, scheme: QuantScheme, *, backend: str = "auto", seed: int = 0
+) -> Decoder:
+    """A decoder of ``config``'s shapes whose weights are random codes of ``scheme``."""
+    config = replace(config, tie_word_embeddings=False)
+    generator = torch.Generator().manual_seed(seed)
+    expected = packed_tensors(config, scheme, k_center=False)
+
+    def get(name: str) -> Tensor:
+        shape, dtype = expected[name]
+        return _random(name, shape, dtype, generator)
+
+    return build_decoder(config, scheme, get, backend=backend)
+
+
+def random_linear(
+    n: int, k: int, fmt: WeightFormat, *, backend: str = "auto", seed: int = 0
+) -> tuple[PackedWeight | PreparedWeight, int]:
+    """One packed weight [n, k], prepared for ``backend``, and its size in bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name.rsplit(".", 1)[1]: _random(name, shape, dtype, generator)
+        for name, (shape, dtype) in packed_linear_tensors("weight", n, k, fmt).items()
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return prepare(packed_type(fmt)(**tensors), backend), size
+
+
+def _random(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype | None, generator: torch.Generator
+) -> Tensor:
+    """Values as a quantizer might choose them for weights of standard deviation 0.02."""
+    kind = name.rsplit(".", 1)[1]
+    if kind == "codes":
+        low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+        return torch.randint(low, high, shape, dtype=dtype, generator=generator)
+    if kind == "group_scale":
+        return torch.randint(10, 17, shape, dtype=dtype, generator=generator)
+    if kind == "group_offset":
+        # With a scale of at most 16, code 15 gives at most 240 - 119 + 6 = 127.
+        return torch.randint(-119, -113, shape, dtype=dtype, generator=generator)
+    if kind in ("channel_scale", "scale"):
+        step = 0.07 / 127 if kind == "channel_scale" or "lm_head" in name else 0.07 * 2 / 15
+        return torch.full(shape, step, dtype=dtype or torch.float32)
+    if kind == "offset":
+        return torch.full(shape, -0.07)
+    if "norm" in name:
+        return torch.ones(shape)
+    return torch.randn(shape, generator=generator).to(torch.bfloat16) * 0.02

@@ -1,0 +1,198 @@
+"""``qoq bench``: kernels against the machine's roof, whole models in tokens per second."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qoq.cli.options import JSON
+from qoq.cli.terminal import bar, emit, note, verb
+
+SHAPE = Annotated[
+    str, typer.Option(help="Shapes of a real model, such as llama-3.2-1b or llama-3-8b.")
+]
+SCHEME = Annotated[str, typer.Option(help="w4a8kv4-g128, w4a8kv4, w8a8kv8, w4a8k8v4-g128, ...")]
+THREADS = Annotated[
+    int | None, typer.Option(help="Threads of the CPU kernels. Default: all CPUs granted.")
+]
+LAYERS = Annotated[int | None, typer.Option(help="Only this many layers. Default: all.")]
+
+
+@verb()
+def kernels(
+    shape: SHAPE = "llama-3.2-1b",
+    scheme: SCHEME = "w4a8kv4-g128",
+    rows: Annotated[str, typer.Option(help="Numbers of rows M, with commas.")] = "1,8,32,128,512",
+    contexts: Annotated[str, typer.Option(help="Context lengths, with commas.")] = "1024,4096",
+    threads: THREADS = None,
+    json: JSON = False,
+) -> None:
+    """Time every op at a model's shapes against the least time the machine allows.
+
+    The roof is measured first: int8 products a second in registers, bytes a second read from
+    memory. `fraction` is the share of it that a kernel reaches.
+
+    --json prints: shape, scheme, isa, threads, int8_peak_ops, read_bandwidth, rows (each with op,
+    shape, M, seconds, roof_seconds, fraction), command, commit, hardware.
+    """
+    from qoq.bench.kernels import Row, decode_rows, linear_rows, row_rows
+    from qoq.bench.roof import measure_roof
+    from qoq.bench.shapes import config_of
+    from qoq.formats.scheme import QuantScheme
+
+    use_threads(threads)
+    config, parsed = config_of(shape, 1), QuantScheme.parse(scheme)
+    sizes, lengths = numbers(rows, "--rows"), numbers(contexts, "--contexts")
+    if not json:
+        note("measuring the roof: int8 products and memory reads")
+    roof = measure_roof()
+    results: list[Row] = []
+    with bar("kernels", quiet=json) as progress:
+        total = len(sizes) * (6 + len(lengths))
+        for part in (
+            linear_rows(config, parsed.weight, sizes, roof),
+            decode_rows(config, parsed.kv, sizes, lengths, roof),
+            row_rows(config, sizes, roof),
+        ):
+            for row in part:
+                results.append(row)
+                progress(len(results), total, f"{row.op} {row.shape}, M {row.M}")
+    facts = {
+        "shape": shape,
+        "scheme": parsed.name,
+        **what_runs(),
+        "int8_peak_ops": roof.int8_peak_ops,
+        "read_bandwidth": roof.read_bandwidth,
+        "rows": [row.to_dict() for row in results],
+        **origin(),
+    }
+    if json:
+        emit(facts)
+        return
+    print(
+        f"{facts['isa']}, {facts['threads']} threads: int8 {roof.int8_peak_ops / 1e12:.2f} TOPS, "
+        f"reads {roof.read_bandwidth / 1e9:.1f} GB/s"
+    )
+    for row in results:
+        print(
+            f"{row.op:15} {row.shape:44} M {row.M:5} {row.seconds * 1e3:9.3f} ms "
+            f"{100 * row.fraction:5.1f}% of the roof"
+        )
+
+
+@verb()
+def throughput(
+    shape: SHAPE = "llama-3.2-1b",
+    scheme: SCHEME = "w4a8kv4-g128",
+    layers: LAYERS = None,
+    prompt_len: Annotated[int, typer.Option(help="Prompt tokens of each request.")] = 1024,
+    output_len: Annotated[int, typer.Option(help="New tokens of each request.")] = 512,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Requests at once. Default: 1, 2, 4, ... until throughput peaks."),
+    ] = None,
+    most: Annotated[int, typer.Option(help="Largest batch to try.")] = 256,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Accepted for clarity: weights are random.")
+    ] = True,
+    threads: THREADS = None,
+    json: JSON = False,
+) -> None:
+    """Tokens per second of a whole model with random weights of real shapes, through the engine.
+
+    The paper's protocol by default: 1024 tokens in, 512 out, the batch grown until throughput peaks
+    ("maximum achievable throughput").
+
+        qoq bench throughput --shape llama-3.2-1b --prompt-len 256 --output-len 32 --batch 32
+
+    --json prints the best run: prefill_tok_s, decode_tok_s, output_tok_s, total_tok_s, batch,
+    prompt_len, output_len, seconds, kv_cache_bytes, and isa, threads, peak_rss_bytes, shape,
+    scheme, runs (every batch), command, commit, hardware.
+    """
+    from qoq.bench.random_weights import random_decoder
+    from qoq.bench.shapes import config_of
+    from qoq.bench.throughput import Throughput, grow, peak_rss_bytes, run
+    from qoq.errors import RequestError
+    from qoq.formats.scheme import QuantScheme
+
+    if prompt_len < 1 or output_len < 2 or (batch is not None and batch < 1):
+        raise RequestError("prompt-len and batch must be 1 or more, output-len 2 or more.")
+    use_threads(threads)
+    config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
+    if not json:
+        note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
+    decoder = random_decoder(config, parsed)
+    with bar("generating", quiet=json) as progress:
+
+        def measure(size: int) -> Throughput:
+            def step(done: int, total: int) -> None:
+                progress(done, total, f"batch {size}")
+
+            return run(
+                decoder,
+                parsed.kv,
+                batch=size,
+                prompt_len=prompt_len,
+                output_len=output_len,
+                step=step,
+            )
+
+        runs = [measure(batch)] if batch is not None else list(grow(measure, most))
+    best = max(runs, key=lambda result: result.output_tok_s)
+    facts = {
+        "shape": shape,
+        "scheme": parsed.name,
+        "layers": config.num_layers,
+        **best.to_dict(),
+        **what_runs(),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "runs": [result.to_dict() for result in runs],
+        **origin(),
+    }
+    if json:
+        emit(facts)
+        return
+    print(f"{shape}, {parsed.name}, {facts['isa']}, {facts['threads']} threads")
+    print("batch   prefill    decode    output     total  (tokens a second)")
+    for result in runs:
+        print(
+            f"{result.batch:5} {result.prefill_tok_s:9.1f} {result.decode_tok_s:9.1f} "
+            f"{result.output_tok_s:9.1f} {result.total_tok_s:9.1f}"
+        )
+
+
+def use_threads(threads: int | None) -> None:
+    """Run the CPU kernels on this many threads, if a number is given."""
+    from qoq.errors import BackendUnavailable
+    from qoq.kernels.cpu import backend
+
+    reason = backend.missing()
+    if reason is not None:
+        raise BackendUnavailable(f"The benches measure the CPU kernels, but {reason}.")
+    if threads is not None:
+        backend.set_threads(threads)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Positive integers from a list with commas. Raises RequestError that names the option."""
+    from qoq.errors import RequestError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RequestError(f"{option} takes positive numbers with commas, such as 1,8,32.")
+    return [int(part) for part in parts]
+
+
+def what_runs() -> dict[str, Any]:
+    """The instruction set and threads of the CPU kernels."""
+    from qoq.kernels.cpu.backend import backend
+
+    return {"isa": backend().isa, "threads": backend().threads}
+
+
+def origin() -> dict[str, Any]:
+    """Command, commit, date and hardware of this run."""
+    import sys
+
+    from qoq.evaluate.provenance import provenance
+
+    return provenance(sys.argv[1:])

@@ -1,0 +1,261 @@
+// attention: ragged, causal, over 4- and 8-bit pages (contract: attention.py; QServe section 5.3).
+//
+// Both products are integer products. A query row, times the softmax scale, becomes 16-bit integers
+// (one scale per row), so do the probabilities of a row over a segment of keys (one scale per
+// segment); each 16-bit number is two signed bytes, which dot4 multiplies with codes as they are.
+// Scales and offsets of keys and values touch scores and probabilities only, never elements:
+//     score = sm * (q . c * k_scale + sum(q) * k_offset)
+//     out   = sum over tokens of (p * v_scale) c  +  sum of p * v_offset
+// Keys are taken in segments of 256 that start at multiples of 256, segments are folded in order
+// within spans of 2048, and spans in order after that. So a row's result depends on its own
+// sequence alone: not on the batch, on how a prompt was cut into chunks, or on the threads.
+#pragma once
+
+#include "attention_work.h"
+#include "products.h"
+
+namespace qoq {
+namespace {
+
+constexpr int64_t kSpanKeys = 2048;     // keys; work can be split between spans
+constexpr int64_t kQueryRows = 32;  // rows (tokens x heads of a group) that share an unpacking
+
+// scores of P query rows from `row` on, for keys t..t+4 vectors.
+template <int P>
+inline void score_rows(const Shape& s, const Work& w, int64_t row, int64_t t) {
+  S32 sums[2 * P][4] = {};
+  multiply<2 * P, 4>(w.q_bytes + row * 2 * s.dim, s.dim, w.k_quads + t * 4, kSegment * 4,
+                     s.k_quads, sums);
+  for (int v = 0; v < 4; ++v, t += kLanes) {
+    const F32 scale = load<F32>(w.k_scale + t), offset = load<F32>(w.k_offset + t);
+    for (int p = 0; p < P; ++p) {
+      const F32 dot = __builtin_convertvector(sums[2 * p][v] * 256 + sums[2 * p + 1][v], F32);
+      store(w.scores + (row + p) * kSegment + t,
+            dot * (scale * w.q_scale[row + p]) + offset * w.q_sum[row + p]);
+    }
+  }
+}
+
+// Scores of one row to bytes of its probabilities times v_scale; keys low..high-1 are visible.
+//
+// What rounding takes from a row in all is given back at the `middle` code, not at code 0: many
+// probabilities too small to count would else pull values towards their minimum.
+inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float middle) {
+  float* scores = w.scores + row * kSegment;
+  int8_t *top_bytes = w.p_bytes + row * 2 * kSegment, *low_bytes = top_bytes + kSegment;
+  w.segment_top[row] = kNone;
+  if (low >= high) {
+    std::memset(top_bytes, 0, 2 * kSegment);
+    return;
+  }
+  for (int64_t t = 0; t < low; ++t) scores[t] = kNone;
+  for (int64_t t = high; t < kSegment; ++t) scores[t] = kNone;
+  F32 most = load<F32>(scores);
+  for (int64_t t = kLanes; t < kSegment; t += kLanes) {
+    const F32 x = load<F32>(scores + t);
+    most = x > most ? x : most;
+  }
+  float top = most[0];
+  for (int i = 1; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+  F32 weight{}, base{}, largest{}, exact{};
+  for (int64_t t = 0; t < kSegment; t += kLanes) {
+    const F32 p = exp_of(load<F32>(scores + t) - top);
+    const F32 scaled = p * load<F32>(w.v_scale + t);
+    weight += p;
+    base += p * load<F32>(w.v_offset + t);
+    exact += scaled;
+    largest = scaled > largest ? scaled : largest;
+    store(scores + t, scaled);
+  }
+  float weights = 0, bases = 0, exacts = 0, wide = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    weights += weight[i], bases += base[i], exacts += exact[i];
+    wide = largest[i] > wide ? largest[i] : wide;
+  }
+  const float scale = wide > 0 ? wide / kMost : 1.0f, inverse = 1 / scale;
+  S32 codes{};
+  for (int64_t t = 0; t < kSegment; t += kLanes) {
+    const F32 x = load<F32>(scores + t) * inverse + 0.5f;  // not negative: truncation rounds
+    const S32 raw = __builtin_convertvector(x, S32);
+    const S32 code = raw > kMost ? splat(kMost) : raw;
+    const S32 upper = (code + 128) >> 8;
+    codes += code;
+    store(top_bytes + t, __builtin_convertvector(upper, S8Lanes));
+    store(low_bytes + t, __builtin_convertvector(code - upper * 256, S8Lanes));
+  }
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += codes[i];
+  w.segment_top[row] = top, w.segment_weight[row] = weights;
+  w.p_base[row] = bases + (exacts - (float)sum * scale) * middle, w.p_scale[row] = scale;
+}
+
+// sums of P rows over `quads` quads of tokens, for V vectors of lanes.
+template <int P, int V>
+inline void mix_rows(const Shape& s, const Work& w, int64_t row, int64_t lane, int64_t quads) {
+  S32 sums[2 * P][V] = {};
+  multiply<2 * P, V>(w.p_bytes + row * 2 * kSegment, kSegment, w.v_quads + lane * 4, s.lanes * 4,
+                     quads, sums);
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) {
+      const F32 dot = __builtin_convertvector(sums[2 * p][v] * 256 + sums[2 * p + 1][v], F32);
+      store(w.sums + (row + p) * s.lanes + lane + v * kLanes,
+            dot * w.p_scale[row + p] + w.p_base[row + p]);
+    }
+}
+
+constexpr int kPairs = kMaxRows / 2;  // query rows a product can take at once
+
+template <int P>
+struct Fixed {
+  static constexpr int value = P;
+};
+
+template <int P, class F>
+inline void in_pairs(int64_t rows, F&& body) {
+  int64_t row = 0;
+  for (; row + P <= rows; row += P) body(row, Fixed<P>{});
+  if constexpr (P > 1) {
+    if (rows - row == 1) body(row, Fixed<1>{});
+    if constexpr (P > 2)
+      if (rows - row == 2) body(row, Fixed<2>{});
+  }
+}
+
+inline void attend_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
+                           int64_t end, Work& w) {
+  const int64_t rows = b.tokens * s.group, count = least(kSegment, end - start);
+  find_segment(a, s, b, start, count, w);
+  unpack_keys(a, s, count, w);
+  for (int64_t t = 0; t < count; t += 4 * kLanes)
+    in_pairs<kPairs>(rows, [&](int64_t row, auto p) { score_rows<p.value>(s, w, row, t); });
+  const float middle = ((1 << a.v.bits) - 1) / 2.0f;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t own = b.position + r / s.group;
+    const int64_t low = a.window ? own - a.window + 1 - start : 0;
+    probabilities(w, r, low < 0 ? 0 : low, least(count, own + 1 - start), middle);
+  }
+  unpack_values(a, s, count, w);
+  const int64_t quads = (count + 3) / 4;
+  in_pairs<kPairs>(rows, [&](int64_t row, auto p) {
+    int64_t lane = 0;
+    for (; lane + 4 * kLanes <= s.lanes; lane += 4 * kLanes)
+      mix_rows<p.value, 4>(s, w, row, lane, quads);
+    for (; lane < s.lanes; lane += kLanes) mix_rows<p.value, 1>(s, w, row, lane, quads);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    fold(w.span.top[r], w.span.weight[r], w.span.sums + r * s.lanes, w.segment_top[r],
+         w.segment_weight[r], w.sums + r * s.lanes, s.lanes);
+}
+
+// A block's rows over one span of keys, into w.span.
+inline void attend_span(const AttentionArgs& a, const Shape& s, const Block& b, int64_t span,
+                        Work& w) {
+  clear(w.span, b.tokens * s.group, s.lanes);
+  const int64_t end = least(b.position + b.tokens, (span + 1) * kSpanKeys);
+  int64_t start = first_key(a, b) / kSegment * kSegment;
+  if (start < span * kSpanKeys) start = span * kSpanKeys;
+  for (; start < end; start += kSegment) attend_segment(a, s, b, start, end, w);
+}
+
+// Divide and put dims back in order.
+inline void write_rows(const AttentionArgs& a, const Shape& s, const Block& b, const Partial& p) {
+  for (int64_t r = 0; r < b.tokens * s.group; ++r) {
+    const int64_t token = b.row + r / s.group, head = b.head * s.group + r % s.group;
+    float* out = a.out + (token * a.heads + head) * s.dim;
+    const float* sums = p.sums + r * s.lanes;
+    for (int64_t d = 0; d < s.dim; ++d) {
+      const int64_t byte = d / 2;
+      const int64_t lane =
+          a.v.bits == 4 ? (byte / kLanes * 2 + d % 2) * kLanes + byte % kLanes : d;
+      out[d] = sums[lane] / p.weight[r];
+    }
+  }
+}
+
+// The blocks of a call, in order, numbered across sequences and KV heads.
+struct Blocks {
+  const AttentionArgs& a;
+  int64_t tokens;  // query tokens of a block, at most
+
+  int64_t of_sequence(int64_t s) const {
+    const int64_t rows = a.cu_seqlens_q[s + 1] - a.cu_seqlens_q[s];
+    return (rows + tokens - 1) / tokens * a.kv_heads;
+  }
+  int64_t count() const {
+    int64_t n = 0;
+    for (int64_t s = 0; s < a.sequences; ++s) n += of_sequence(s);
+    return n;
+  }
+  Block at(int64_t i) const {
+    int64_t s = 0;
+    for (; i >= of_sequence(s); ++s) i -= of_sequence(s);
+    const int64_t rows = a.cu_seqlens_q[s + 1] - a.cu_seqlens_q[s];
+    // Later rows see more keys: hand the long work out first.
+    const int64_t part = (rows + tokens - 1) / tokens - 1 - i / a.kv_heads;
+    const int64_t first = part * tokens;
+    return {s, i % a.kv_heads, first, least(tokens, rows - first), a.cu_seqlens_q[s] + first,
+            a.kv_lens[s] - rows + first};
+  }
+};
+
+struct Memory {
+  void* start;
+  explicit Memory(int64_t bytes) : start(__builtin_malloc(bytes)) {
+    if (!start) __builtin_trap();
+  }
+  ~Memory() { __builtin_free(start); }
+};
+
+void attention(const AttentionArgs& a, Pool& pool) {
+  const Shape s(a);
+  const int64_t fit = kQueryRows / s.group;
+  const Blocks blocks{a, fit > 1 ? fit : 1};
+  const int64_t rows = blocks.tokens * s.group, bytes = Work::bytes(s, rows);
+  const int64_t count = blocks.count();
+  const auto spans_of = [&](const Block& b) {
+    return (b.position + b.tokens + kSpanKeys - 1) / kSpanKeys - first_key(a, b) / kSpanKeys;
+  };
+  int64_t most = 0;
+  for (int64_t i = 0; i < a.sequences; ++i)
+    if (a.cu_seqlens_q[i + 1] > a.cu_seqlens_q[i] && a.kv_lens[i] > most) most = a.kv_lens[i];
+  if (count >= 2 * pool.threads() || most <= kSpanKeys) {
+    pool.each(count, [&](int64_t i, int thread) {
+      const Block b = blocks.at(i);
+      Work& w = *Work::make(pool.scratch(thread, bytes), s, rows);
+      load_queries(a, s, b, w);
+      clear(w.total, rows, s.lanes);
+      const int64_t first = first_key(a, b) / kSpanKeys;
+      for (int64_t span = first; span < first + spans_of(b); ++span) {
+        attend_span(a, s, b, span, w);
+        fold_all(w.total, w.span, b.tokens * s.group, s.lanes);
+      }
+      write_rows(a, s, b, w.total);
+    });
+    return;
+  }
+  // Few blocks with many keys: spans are shared out as well, then folded in the same order.
+  const int64_t spans = (most + kSpanKeys - 1) / kSpanKeys, floats = s.partial_floats(rows);
+  const Memory memory(count * spans * floats * (int64_t)sizeof(float));
+  float* partials = static_cast<float*>(memory.start);
+  const auto partial_of = [&](int64_t block, int64_t span) {
+    return partial_at(partials + (block * spans + span) * floats, rows);
+  };
+  pool.each(count * spans, [&](int64_t i, int thread) {
+    const Block b = blocks.at(i / spans);
+    if (i % spans >= spans_of(b)) return;
+    Work& w = *Work::make(pool.scratch(thread, bytes), s, rows);
+    load_queries(a, s, b, w);
+    w.span = partial_of(i / spans, i % spans);
+    attend_span(a, s, b, first_key(a, b) / kSpanKeys + i % spans, w);
+  });
+  pool.each(count, [&](int64_t i, int) {
+    const Block b = blocks.at(i);
+    const Partial total = partial_of(i, 0);
+    for (int64_t span = 1; span < spans_of(b); ++span)
+      fold_all(total, partial_of(i, span), b.tokens * s.group, s.lanes);
+    write_rows(a, s, b, total);
+  });
+}
+
+}  // namespace
+}  // namespace qoq

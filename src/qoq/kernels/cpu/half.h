@@ -1,0 +1,50 @@
+// fp16 numbers as their bits.
+#pragma once
+
+#include "simd.h"
+
+namespace qoq {
+namespace {
+
+// Half to even, subnormals included.
+inline uint16_t to_half(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (size >= 0x477ff000) return sign | 0x7c00;  // 65520 and more
+  if (size >= 0x38800000) return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  // Below 2^-14 steps are 2^-24, those of floats around 0.5.
+  float sum;
+  std::memcpy(&sum, &size, 4);
+  sum += 0.5f;
+  std::memcpy(&bits, &sum, 4);
+  return sign | (bits - 0x3f000000);
+#endif
+}
+
+inline float from_half(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
+  uint32_t bits = size << 13;
+  float x;
+  if (size < 0x7c00) {
+    std::memcpy(&x, &bits, 4);
+    x *= 0x1p112f;  // the two formats' exponents count from 112 apart
+    std::memcpy(&bits, &x, 4);
+  } else {
+    bits |= 0x7f800000;  // inf and NaN
+  }
+  bits |= sign;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+}  // namespace
+}  // namespace qoq

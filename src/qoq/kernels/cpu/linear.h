@@ -1,0 +1,184 @@
+// linear: int8 rows x packed weights, exact integer sums, fp32 epilogue (contract: linear.py).
+//
+// A task is one tile of 64 output channels and a block of rows. Few rows: weights go from memory to
+// registers to sums, read once, and bandwidth is the limit. Many rows: a tile's codes are unpacked
+// once into a buffer that stays in the core's own cache, and all rows of the block pass over it.
+#pragma once
+
+#include "kernels.h"
+#include "products.h"
+#include "tiles.h"
+
+namespace qoq {
+namespace {
+
+constexpr int kDirectRows = 4;        // up to here, straight from packed codes
+constexpr int64_t kChunkQuads = 512;  // 128 KB of unpacked bytes: half of a small second-level cache
+constexpr int64_t kBlockRows = 384;   // rows that share one unpacking
+
+// The oracle's epilogue, operation by operation, so that results are equal to the bit.
+inline F32 epilogue(S32 sums, const LinearArgs& a, int64_t row, F32 scale, F32 offset, F32 bias) {
+  const float act_scale = a.act_scale[row];
+  const int32_t row_sum = a.row_sum[row];
+  F32 y;
+  if (a.weight.kind == WeightKind::channel) {
+    y = __builtin_convertvector(sums, F32) * scale + offset * (float)row_sum;
+    y = y * act_scale;
+  } else {
+    const S32 exact = sums - (row_sum << 7);
+    y = __builtin_convertvector(exact, F32) * act_scale * scale;
+  }
+  return a.bias ? y + bias : y;
+}
+
+// Finish rows `row`.. of V vectors of channels from `channel` on.
+template <int R, int V>
+inline void finish(const S32 (&sums)[R][V], const LinearArgs& a, int64_t row, int64_t channel) {
+  for (int v = 0; v < V; ++v, channel += kLanes) {
+    const int64_t count = least(kLanes, a.weight.n - channel);
+    if (count <= 0) return;
+    F32 scale{}, offset{}, bias{};
+    std::memcpy(&scale, a.weight.scale + channel, count * 4);
+    if (a.weight.offset) std::memcpy(&offset, a.weight.offset + channel, count * 4);
+    if (a.bias) std::memcpy(&bias, a.bias + channel, count * 4);
+    for (int r = 0; r < R; ++r) {
+      const F32 y = epilogue(sums[r][v], a, row + r, scale, offset, bias);
+      float* out = a.out + (row + r) * a.out_stride + channel;
+      if (count == kLanes)
+        store(out, y);
+      else
+        std::memcpy(out, &y, count * 4);
+    }
+  }
+}
+
+// R rows straight from packed codes, V vectors of channels at a time.
+template <WeightKind kKind, int R>
+void direct(const LinearArgs& a, int64_t tile) {
+  constexpr int V = kPart;
+  const TiledWeight& w = a.weight;
+  for (int part = 0; part < kVectors; part += V) {
+    S32 sums[R][V] = {};
+    if constexpr (kKind == WeightKind::int8) {
+      const uint8_t* bytes = w.codes + tile * (w.k / 4) * kQuad + part * kBytes;
+      multiply<R, V>(a.codes, w.k, bytes, kQuad, w.k / 4, sums);
+    } else {
+      constexpr bool kGroups = kKind == WeightKind::group;
+      const uint8_t* codes = w.codes + tile * (w.k / 8) * kQuad + part * kBytes;
+      const uint8_t* groups = kGroups ? w.groups + tile * (w.k / w.group) * 2 * kTile : nullptr;
+      const int64_t pairs_per_group = (kGroups ? w.group : w.k) / 8;
+      for (int64_t pair = 0; pair < w.k / 8; groups += 2 * kTile) {
+        GroupScales scales[V];
+        if constexpr (kGroups)
+          for (int v = 0; v < V; ++v) scales[v] = load_group(groups, part + v);
+        for (const int64_t end = pair + pairs_per_group; pair < end; ++pair) {
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) {
+            const uint8_t* p = codes + pair * kQuad + v * kBytes;
+            __builtin_prefetch(p + 16 * kQuad);
+            const U8 packed = load<U8>(p);
+            U8 low = low_nibbles(packed), high = high_nibbles(packed);
+            if constexpr (kGroups) low = scaled(low, scales[v]), high = scaled(high, scales[v]);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+              const int8_t* x = a.codes + r * w.k + pair * 8;
+              sums[r][v] = dot4(dot4(sums[r][v], low, x), high, x + 4);
+            }
+          }
+        }
+      }
+    }
+    finish<R, V>(sums, a, 0, tile * kTile + part * kLanes);
+  }
+}
+
+template <WeightKind kKind>
+void direct_rows(const LinearArgs& a, int64_t tile) {
+  switch (a.m) {
+    case 1: return direct<kKind, 1>(a, tile);
+    case 2: return direct<kKind, 2>(a, tile);
+    case 3: return direct<kKind, 3>(a, tile);
+    default: return direct<kKind, 4>(a, tile);
+  }
+}
+
+// R rows of the block over one chunk of quads; ``waiting`` keeps their sums between chunks.
+template <int R>
+void chunk_rows(const LinearArgs& a, int64_t tile, const uint8_t* bytes, int64_t first,
+                int64_t quads, int64_t row, int32_t* waiting) {
+  constexpr int V = kPart;
+  const bool begins = first == 0, ends = first + quads == a.weight.k / 4;
+  for (int part = 0; part < kVectors; part += V) {
+    S32 sums[R][V] = {};
+    int32_t* kept = waiting + part * kLanes;
+    if (!begins)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = load<S32>(kept + r * kTile + v * kLanes);
+    multiply<R, V>(a.codes + row * a.weight.k + first * 4, a.weight.k, bytes + part * kBytes,
+                   kQuad, quads, sums);
+    if (ends) {
+      finish<R, V>(sums, a, row, tile * kTile + part * kLanes);
+      continue;
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(kept + r * kTile + v * kLanes, sums[r][v]);
+  }
+}
+
+// The rows left over, fewer than kMaxRows.
+template <int R, class... Rest>
+void last_rows(int64_t rows, Rest&&... rest) {
+  if constexpr (R > 0) {
+    if (rows == R) return chunk_rows<R>(rest...);
+    last_rows<R - 1>(rows, rest...);
+  }
+}
+
+template <WeightKind kKind>
+void blocked(const LinearArgs& a, int64_t tile, int64_t row, int64_t last, Pool& pool,
+             int thread) {
+  const TiledWeight& w = a.weight;
+  const int64_t quads = w.k / 4, unpacked = least(quads, kChunkQuads) * kQuad;
+  uint8_t* buffer = static_cast<uint8_t*>(
+      pool.scratch(thread, unpacked + (last - row) * kTile * (int64_t)sizeof(int32_t)));
+  for (int64_t first = 0; first < quads; first += kChunkQuads) {
+    const int64_t count = least(kChunkQuads, quads - first);
+    const uint8_t* bytes = buffer;
+    if constexpr (kKind == WeightKind::int8)
+      bytes = w.codes + (tile * quads + first) * kQuad;
+    else
+      unpack_tile<kKind == WeightKind::group>(w, tile, first, first + count, buffer);
+    int32_t* waiting = reinterpret_cast<int32_t*>(buffer + unpacked);
+    int64_t r = row;
+    for (; r + kMaxRows <= last; r += kMaxRows, waiting += kMaxRows * kTile)
+      chunk_rows<kMaxRows>(a, tile, bytes, first, count, r, waiting);
+    last_rows<kMaxRows - 1>(last - r, a, tile, bytes, first, count, r, waiting);
+  }
+}
+
+template <WeightKind kKind>
+void linear_of(const LinearArgs& a, Pool& pool) {
+  const int64_t tiles = (a.weight.n + kTile - 1) / kTile;
+  if (a.m <= kDirectRows) {
+    pool.each(tiles, [&](int64_t tile, int) { direct_rows<kKind>(a, tile); });
+    return;
+  }
+  const int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
+  const int64_t rows = (a.m + blocks - 1) / blocks;
+  pool.each(tiles * blocks, [&](int64_t i, int thread) {
+    const int64_t row = i % blocks * rows;
+    blocked<kKind>(a, i / blocks, row, least(a.m, row + rows), pool, thread);
+  });
+}
+
+void linear(const LinearArgs& a, Pool& pool) {
+  if (a.m == 0 || a.weight.n == 0) return;
+  switch (a.weight.kind) {
+    case WeightKind::int8: return linear_of<WeightKind::int8>(a, pool);
+    case WeightKind::channel: return linear_of<WeightKind::channel>(a, pool);
+    case WeightKind::group: return linear_of<WeightKind::group>(a, pool);
+  }
+}
+
+}  // namespace
+}  // namespace qoq

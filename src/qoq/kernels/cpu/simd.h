@@ -1,0 +1,138 @@
+// Vectors, and the one operation everything rests on: four byte products summed into each int32.
+//
+// The types are the compiler's own vector types, so arithmetic on them compiles for every processor;
+// only what the compiler cannot express is written with intrinsics. This file is compiled once per
+// instruction set, inside an unnamed namespace: no function of one set can be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace qoq {
+namespace {
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int kBytes = 64;
+constexpr int kMaxRows = 6;  // rows x 4 vectors of sums fill the register file
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+constexpr int kMaxRows = 2;
+#else
+constexpr int kBytes = 16;
+constexpr int kMaxRows = 2;
+#endif
+constexpr int kLanes = kBytes / 4;
+
+typedef uint8_t U8 __attribute__((vector_size(kBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes)));
+typedef int16_t S16 __attribute__((vector_size(kBytes)));
+typedef int32_t S32 __attribute__((vector_size(kBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef float F32 __attribute__((vector_size(kBytes)));
+typedef uint64_t U64 __attribute__((vector_size(kBytes)));
+typedef double F64 __attribute__((vector_size(kBytes)));
+typedef float F32Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
+typedef uint8_t U8Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as U16
+typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));  // one byte per 32-bit lane
+typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes at p, the others 0; n = kLanes costs no more than load.
+template <class V, class T>
+inline V load_first(const T* p, int64_t n) {
+  if (n == kLanes) return load<V>(p);
+  V v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class V, class T>
+inline void store_first(T* p, V v, int64_t n) {
+  if (n == kLanes)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+// body(i, n) for each vector of `count` elements: n of them from i on, fewer only in the last.
+template <class F>
+inline __attribute__((always_inline)) void each_vector(int64_t count, F&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
+  if (i < count) body(i, count - i);
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline F32 splat(float x) { return x - F32{}; }
+inline S32 splat(int32_t x) { return x - S32{}; }
+
+// Bit i = sign of lane i: which lanes of a comparison hold.
+inline uint32_t lanes_set(S32 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(mask[i] < 0) << i;
+  return bits;
+#endif
+}
+
+// sums + a * b, rounded once where the processor can.
+inline F64 add_product(F64 sums, F64 a, F64 b) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sums);
+#elif defined(__FMA__)
+  return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sums);
+#else
+  return sums + a * b;
+#endif
+}
+
+// sums += w[4i..4i+3] . x[0..3] in every lane i; w unsigned bytes, x four signed bytes at `x`.
+// Exact: no intermediate saturates.
+inline S32 dot4(S32 sums, U8 w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (S32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(four));
+#elif defined(__AVXVNNI__)
+  return (S32)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, _mm256_set1_epi32(four));
+#elif defined(__AVX2__)
+  // Without VNNI byte products saturate at 16 bits, so even and odd bytes meet as 16-bit numbers.
+  const __m256i even = _mm256_set1_epi32(((int32_t)x[2] << 16) | (uint16_t)(int16_t)x[0]);
+  const __m256i odd = _mm256_set1_epi32(((int32_t)x[3] << 16) | (uint16_t)(int16_t)x[1]);
+  const __m256i low = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(0xff));
+  const __m256i high = _mm256_srli_epi16((__m256i)w, 8);
+  const __m256i both =
+      _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
+  return sums + (S32)both;
+#else
+  S32 out = sums;
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) out[i] += (int32_t)w[4 * i + j] * x[j];
+  return out;
+#endif
+}
+
+}  // namespace
+}  // namespace qoq

@@ -1,0 +1,22 @@
+#include "kernels.h"
+
+namespace qoq {
+
+extern const Kernels kernels_portable;
+#ifdef QOQ_HAS_avx2
+extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512vnni;
+#endif
+
+const Kernels& kernels_of(Isa isa) {
+  switch (isa) {
+#ifdef QOQ_HAS_avx2
+    case Isa::avx2: return kernels_avx2;
+    case Isa::avxvnni: return kernels_avxvnni;
+    case Isa::avx512vnni:
+    case Isa::amx: return kernels_avx512vnni;
+#endif
+    default: return kernels_portable;
+  }
+}
+
+}  // namespace qoq
