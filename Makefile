@@ -1,6 +1,7 @@
 # make demo    quantize the bundled model, print an accuracy table, generate text (minutes)
 # make accuracy    measure every row of docs/accuracy.md and write it anew (hours)
 # make test    run the tests
+# make sanitize    run the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make lint    ruff, ruff format --check, mypy            make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
@@ -21,7 +22,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo accuracy test lint format clean
+.PHONY: demo accuracy test sanitize lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -39,6 +40,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernels' tests on a build that stops at bad memory accesses and undefined behaviour.
+SANITIZE := build/sanitize
+sanitize: $(STAMP)
+	$(BIN)/python -m pip install --quiet nanobind cmake ninja
+	$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja -DQOQ_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build $(SANITIZE)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 QOQ_NATIVE=$$(ls $(SANITIZE)/_C*.so) PYTHONPATH=tests \
+	    $(BIN)/python -m pytest -p helpers.native tests/kernels/cpu
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

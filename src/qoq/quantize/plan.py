@@ -64,6 +64,11 @@ def make_plan(
     replays = 2.6 * streams + (1.6 if tokens else 0)
     squares = sum({s.input: s.in_features**2 for s in linears}.values())
     flops = layers * 2 * tokens * (replays * weights + 1.5 * streams * squares)
+    if tokens:
+        # Factors of the moments, and what rounding spreads from column to column.
+        flops += layers * sum(3.0 * s.in_features**3 for s in linears)
+        per_weight = (4 if recipe.compensate else 0) + recipe.gptq + 3 * recipe.refine_sweeps
+        flops += layers * sum(per_weight * s.out_features * s.in_features**2 for s in linears)
     # Rounding walks columns: about 12 cheap operations per weight and sweep.
     flops += layers * weights * 12 * (2 + recipe.refine_sweeps) * (4 if recipe.gptq else 1)
     seconds = 1.3 * flops / _flops_per_second(device) + embedding / 4e7
