@@ -10,7 +10,7 @@ import torch
 from qoq.kernels.cpu import backend
 
 MISSING = backend.missing()
-ISAS = [] if MISSING else backend.extension().usable_isas()
+ISAS = [] if MISSING else [*backend.extension().usable_isas(), "tiles"]
 
 
 @pytest.fixture(

@@ -198,14 +198,6 @@ struct Blocks {
   }
 };
 
-struct Memory {
-  void* start;
-  explicit Memory(int64_t bytes) : start(__builtin_malloc(bytes)) {
-    if (!start) __builtin_trap();
-  }
-  ~Memory() { __builtin_free(start); }
-};
-
 void attention(const AttentionArgs& a, Pool& pool) {
   const Shape s(a);
   const int64_t fit = kQueryRows / s.group;
@@ -235,8 +227,7 @@ void attention(const AttentionArgs& a, Pool& pool) {
   }
   // Few blocks with many keys: spans are shared out as well, then folded in the same order.
   const int64_t spans = (most + kSpanKeys - 1) / kSpanKeys, floats = s.partial_floats(rows);
-  const Memory memory(count * spans * floats * (int64_t)sizeof(float));
-  float* partials = static_cast<float*>(memory.start);
+  float* partials = static_cast<float*>(pool.shared(count * spans * floats * sizeof(float)));
   const auto partial_of = [&](int64_t block, int64_t span) {
     return partial_at(partials + (block * spans + span) * floats, rows);
   };

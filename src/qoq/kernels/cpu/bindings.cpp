@@ -48,8 +48,14 @@ class Backend {
   }
   std::string isa() const { return isa_name(kernels_.isa); }
   int threads() const { return pool_->threads(); }
-  const Kernels& kernels() const { return kernels_; }
-  Pool& pool() { return *pool_; }
+
+  // op(kernels, pool), while other Python threads go on and other ops wait.
+  template <class F>
+  auto run(F&& op) {
+    nb::gil_scoped_release free_python;
+    const auto hold = pool_->hold();
+    return op(kernels_, *pool_);
+  }
 
  private:
   const Kernels& kernels_;
@@ -89,8 +95,7 @@ void linear(Backend& backend, const Tiles& tiles, int64_t m, uintptr_t codes, ui
                         at<float>(bias),
                         at<float>(out),
                         tiles.n()};
-  nb::gil_scoped_release free_python;
-  backend.kernels().linear(args, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.linear(args, pool); });
 }
 
 // (bits, codes, scale, offset)
@@ -133,8 +138,7 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
   }
   const int64_t used = a.cu_seqlens_q[sequences] * heads * dim;
   std::fill(a.out + used, a.out + tokens * heads * dim, 0.0f);
-  nb::gil_scoped_release free_python;
-  backend.kernels().attention(a, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.attention(a, pool); });
 }
 
 using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
@@ -147,8 +151,7 @@ Activations activations(const Addresses& a) {
 void act_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_stride,
                const Addresses& out) {
   const ActQuantArgs args{m, k, at<float>(x), x_stride, activations(out)};
-  nb::gil_scoped_release free_python;
-  backend.kernels().act_quant(args, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.act_quant(args, pool); });
 }
 
 void rms_norm_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_stride,
@@ -159,15 +162,13 @@ void rms_norm_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t
                          at<float>(residual), residual_stride,
                          at<float>(gain),     eps,
                          at<float>(stream),   activations(out)};
-  nb::gil_scoped_release free_python;
-  backend.kernels().rms_norm_quant(args, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.rms_norm_quant(args, pool); });
 }
 
 void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, int64_t stride,
                     const Addresses& out) {
   const SiluMulArgs args{m, k, at<float>(gate_up), stride, activations(out)};
-  nb::gil_scoped_release free_python;
-  backend.kernels().silu_mul_quant(args, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.silu_mul_quant(args, pool); });
 }
 
 // q, k, v: (address, elements between tokens).
@@ -191,18 +192,15 @@ void kv_append(Backend& backend, int64_t tokens, int64_t q_heads, int64_t kv_hea
   for (int64_t t = 0; t < tokens; ++t)
     if (args.slots[t] >= num_pages * page_size)
       throw nb::index_error("a slot lies beyond the last page");
-  nb::gil_scoped_release free_python;
-  backend.kernels().kv_append(args, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.kv_append(args, pool); });
 }
 
 int64_t spin_products(Backend& backend, int64_t rounds) {
-  nb::gil_scoped_release free_python;
-  return backend.kernels().spin_products(rounds, backend.pool());
+  return backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.spin_products(rounds, pool); });
 }
 
 void read_all(Backend& backend, uintptr_t memory, int64_t bytes) {
-  nb::gil_scoped_release free_python;
-  backend.kernels().read_all(at<uint8_t>(memory), bytes, backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.read_all(at<uint8_t>(memory), bytes, pool); });
 }
 
 void sample_rows(Backend& backend, int64_t rows, int64_t vocab, uintptr_t logits, int64_t stride,
@@ -220,8 +218,7 @@ void sample_rows(Backend& backend, int64_t rows, int64_t vocab, uintptr_t logits
                         at<int64_t>(step),
                         at<int64_t>(ids),
                         at<float>(logprobs)};
-  nb::gil_scoped_release free_python;
-  sample(args, backend.kernels(), backend.pool());
+  backend.run([&](const Kernels& kernels, Pool& pool) { sample(args, kernels, pool); });
 }
 
 }  // namespace

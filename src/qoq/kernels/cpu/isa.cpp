@@ -14,7 +14,7 @@
 namespace qoq {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512vnni", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512vnni", "amx", "tiles"};
 
 #if defined(__x86_64__)
 
@@ -80,7 +80,8 @@ std::vector<Isa> usable_isas() {
 
 Isa choose_isa(const std::string& name) {
   const std::vector<Isa> usable = usable_isas();
-  if (name.empty()) return usable.back();
+  if (name.empty()) return usable.back() == Isa::amx ? Isa::avx512vnni : usable.back();
+  if (name == isa_name(Isa::tiles)) return Isa::tiles;
   std::string names;
   for (Isa isa : usable) {
     if (name == isa_name(isa)) return isa;

@@ -6,15 +6,16 @@
 
 namespace qoq {
 
-// Slowest first. Each level's kernels are compiled with that level's flags and no others.
-enum class Isa { portable, avx2, avxvnni, avx512vnni, amx };
+// Slowest first. Each level's kernels are compiled with that level's flags and no others. `tiles` is
+// the code of amx with its tile registers imitated: slow, and there for tests on other machines.
+enum class Isa { portable, avx2, avxvnni, avx512vnni, amx, tiles };
 
 const char* isa_name(Isa isa);
 
 // Levels that this processor *and* operating system let us run, slowest first.
 std::vector<Isa> usable_isas();
 
-// The level named by `name` ("" = the fastest usable). Throws std::invalid_argument with the
+// The level named by `name` ("" = the fastest usable but amx, which no machine has measured yet). Throws std::invalid_argument with the
 // usable names if it is unknown or cannot run here.
 Isa choose_isa(const std::string& name);
 

@@ -5,9 +5,12 @@
 // once into a buffer that stays in the core's own cache, and all rows of the block pass over it.
 #pragma once
 
-#include "kernels.h"
+#include "epilogue.h"
 #include "products.h"
 #include "tiles.h"
+#ifdef QOQ_TILES
+#include "linear_tiles.h"
+#endif
 
 namespace qoq {
 namespace {
@@ -15,42 +18,6 @@ namespace {
 constexpr int kDirectRows = 4;        // up to here, straight from packed codes
 constexpr int64_t kChunkQuads = 512;  // 128 KB of unpacked bytes: half of a small second-level cache
 constexpr int64_t kBlockRows = 384;   // rows that share one unpacking
-
-// The oracle's epilogue, operation by operation, so that results are equal to the bit.
-inline F32 epilogue(S32 sums, const LinearArgs& a, int64_t row, F32 scale, F32 offset, F32 bias) {
-  const float act_scale = a.act_scale[row];
-  const int32_t row_sum = a.row_sum[row];
-  F32 y;
-  if (a.weight.kind == WeightKind::channel) {
-    y = __builtin_convertvector(sums, F32) * scale + offset * (float)row_sum;
-    y = y * act_scale;
-  } else {
-    const S32 exact = sums - (row_sum << 7);
-    y = __builtin_convertvector(exact, F32) * act_scale * scale;
-  }
-  return a.bias ? y + bias : y;
-}
-
-// Finish rows `row`.. of V vectors of channels from `channel` on.
-template <int R, int V>
-inline void finish(const S32 (&sums)[R][V], const LinearArgs& a, int64_t row, int64_t channel) {
-  for (int v = 0; v < V; ++v, channel += kLanes) {
-    const int64_t count = least(kLanes, a.weight.n - channel);
-    if (count <= 0) return;
-    F32 scale{}, offset{}, bias{};
-    std::memcpy(&scale, a.weight.scale + channel, count * 4);
-    if (a.weight.offset) std::memcpy(&offset, a.weight.offset + channel, count * 4);
-    if (a.bias) std::memcpy(&bias, a.bias + channel, count * 4);
-    for (int r = 0; r < R; ++r) {
-      const F32 y = epilogue(sums[r][v], a, row + r, scale, offset, bias);
-      float* out = a.out + (row + r) * a.out_stride + channel;
-      if (count == kLanes)
-        store(out, y);
-      else
-        std::memcpy(out, &y, count * 4);
-    }
-  }
-}
 
 // R rows straight from packed codes, V vectors of channels at a time.
 template <WeightKind kKind, int R>
@@ -163,6 +130,9 @@ void linear_of(const LinearArgs& a, Pool& pool) {
     pool.each(tiles, [&](int64_t tile, int) { direct_rows<kKind>(a, tile); });
     return;
   }
+#ifdef QOQ_TILES
+  if (a.m >= kTilesFrom) return linear_in_tiles<kKind>(a, pool);
+#endif
   const int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
   const int64_t rows = (a.m + blocks - 1) / blocks;
   pool.each(tiles * blocks, [&](int64_t i, int thread) {

@@ -44,12 +44,18 @@ Pool::~Pool() {
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
   for (const Memory& memory : scratch_) std::free(memory.start);
+  std::free(shared_.start);
 }
 
 int Pool::threads() const { return static_cast<int>(scratch_.size()); }
 
-void* Pool::scratch(int thread, int64_t bytes) {
-  Memory& memory = scratch_[thread];
+std::unique_lock<std::mutex> Pool::hold() { return std::unique_lock<std::mutex>(owner_); }
+
+void* Pool::scratch(int thread, int64_t bytes) { return grow(scratch_[thread], bytes); }
+
+void* Pool::shared(int64_t bytes) { return grow(shared_, bytes); }
+
+void* Pool::grow(Memory& memory, int64_t bytes) {
   if (memory.bytes < bytes) {
     std::free(memory.start);
     memory = {};
@@ -63,7 +69,6 @@ void* Pool::scratch(int thread, int64_t bytes) {
 
 void Pool::run(int64_t count, Task task, void* context) {
   if (count <= 0) return;
-  std::lock_guard<std::mutex> lock(one_run_);
   if (count == 1 || workers_.empty()) {
     for (int64_t i = 0; i < count; ++i) task(context, i, 0);
     return;

@@ -22,14 +22,20 @@ class Pool {
 
   int threads() const;
 
+  // One op at a time owns the pool: hold this for as long as the op takes.
+  std::unique_lock<std::mutex> hold();
+
   // task(context, i, thread) for every i in 0..count-1; returns when all are done. `thread` in
-  // 0..threads-1 names the scratch memory a task may use. One run at a time: others wait.
+  // 0..threads-1 names the scratch memory a task may use.
   using Task = void (*)(void* context, int64_t i, int thread);
   void run(int64_t count, Task task, void* context);
 
   // Memory that belongs to a thread until its task ends: `bytes` of it, aligned to cache lines, with
   // whatever was there before.
   void* scratch(int thread, int64_t bytes);
+
+  // Memory that belongs to the op that owns the pool, likewise.
+  void* shared(int64_t bytes);
 
   // As run, for a lambda. (Kernels use no other templates of this or any library: code that several
   // instruction sets instantiate would be merged, and run where it must not.)
@@ -47,10 +53,11 @@ class Pool {
     int64_t bytes = 0;
   };
 
+  static void* grow(Memory& memory, int64_t bytes);
   void work(int thread);
   void take(int thread);
 
-  std::mutex one_run_;
+  std::mutex owner_;
   Task task_ = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0;
@@ -62,6 +69,7 @@ class Pool {
   std::atomic<int> sleepers_{0};
   std::vector<std::thread> workers_;
   std::vector<Memory> scratch_;
+  Memory shared_;
 };
 
 }  // namespace qoq

@@ -35,7 +35,8 @@ Tiles::Tiles(WeightKind kind, int64_t n, int64_t k, int64_t group, const float* 
 Tiles Tiles::from_int8(int64_t n, int64_t k, const int8_t* codes, const float* scale) {
   Tiles out(WeightKind::int8, n, k, k, scale, nullptr);
   out.codes_bytes_ = out.tiles() * kTile * k;
-  out.codes_ = zeros(out.codes_bytes_);
+  // Tile registers read 64 input channels at a time, where only 32 may be left.
+  out.codes_ = zeros(out.codes_bytes_ + 32 * kTile);
   for (int64_t row = 0; row < n; ++row) {
     uint8_t* to = out.codes_.get() + row / kTile * kTile * k + row % kTile * 4;
     const int8_t* from = codes + row * k;
