@@ -15,7 +15,13 @@
 namespace qoq {
 namespace {
 
-constexpr int kDirectRows = 4;        // up to here, straight from packed codes
+#ifdef QOQ_FOLDS
+constexpr int kDirectRows = 2;        // up to here, straight from packed codes
+constexpr bool kFolds = true;
+#else
+constexpr int kDirectRows = 4;
+constexpr bool kFolds = false;
+#endif
 constexpr int64_t kChunkQuads = 512;  // 128 KB of unpacked bytes: half of a small second-level cache
 constexpr int64_t kBlockRows = 384;   // rows that share one unpacking
 
@@ -69,10 +75,11 @@ void direct_rows(const LinearArgs& a, int64_t tile) {
   }
 }
 
-// R rows of the block over one chunk of quads; ``waiting`` keeps their sums between chunks.
-template <int R>
+// R rows of the block over one chunk of quads; `waiting` keeps their sums between chunks.
+template <int R, WeightKind kKind>
 void chunk_rows(const LinearArgs& a, int64_t tile, const uint8_t* bytes, int64_t first,
-                int64_t quads, int64_t row, int32_t* waiting) {
+                int64_t quads, int64_t row, int32_t* waiting,
+                [[maybe_unused]] const int16_t* group_sums) {
   constexpr int V = kPart;
   const bool begins = first == 0, ends = first + quads == a.weight.k / 4;
   for (int part = 0; part < kVectors; part += V) {
@@ -81,8 +88,19 @@ void chunk_rows(const LinearArgs& a, int64_t tile, const uint8_t* bytes, int64_t
     if (!begins)
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = load<S32>(kept + r * kTile + v * kLanes);
-    multiply<R, V>(a.codes + row * a.weight.k + first * 4, a.weight.k, bytes + part * kBytes,
-                   kQuad, quads, sums);
+    const int8_t* rows = a.codes + row * a.weight.k + first * 4;
+#ifdef QOQ_FOLDS
+    if constexpr (kKind != WeightKind::int8) {
+      constexpr bool kGroups = kKind == WeightKind::group;
+      const TiledWeight& w = a.weight;
+      const int64_t groups = w.k / w.group, group = first * 4 / w.group;
+      const uint8_t* of = kGroups ? w.groups + (tile * groups + group) * 2 * kTile : nullptr;
+      const int16_t* row_sums = kGroups ? group_sums + row * groups + group : nullptr;
+      multiply_codes<R, V>(rows, w.k, bytes + part * kBytes, kQuad, quads, w.group / 4,
+                           kGroups ? of + part * kLanes : nullptr, row_sums, groups, sums);
+    } else
+#endif
+      multiply<R, V>(rows, a.weight.k, bytes + part * kBytes, kQuad, quads, sums);
     if (ends) {
       finish<R, V>(sums, a, row, tile * kTile + part * kLanes);
       continue;
@@ -93,17 +111,17 @@ void chunk_rows(const LinearArgs& a, int64_t tile, const uint8_t* bytes, int64_t
 }
 
 // The rows left over, fewer than kMaxRows.
-template <int R, class... Rest>
+template <int R, WeightKind kKind, class... Rest>
 void last_rows(int64_t rows, Rest&&... rest) {
   if constexpr (R > 0) {
-    if (rows == R) return chunk_rows<R>(rest...);
-    last_rows<R - 1>(rows, rest...);
+    if (rows == R) return chunk_rows<R, kKind>(rest...);
+    last_rows<R - 1, kKind>(rows, rest...);
   }
 }
 
 template <WeightKind kKind>
-void blocked(const LinearArgs& a, int64_t tile, int64_t row, int64_t last, Pool& pool,
-             int thread) {
+void blocked(const LinearArgs& a, int64_t tile, int64_t row, int64_t last,
+             const int16_t* group_sums, Pool& pool, int thread) {
   const TiledWeight& w = a.weight;
   const int64_t quads = w.k / 4, unpacked = least(quads, kChunkQuads) * kQuad;
   uint8_t* buffer = static_cast<uint8_t*>(
@@ -114,13 +132,28 @@ void blocked(const LinearArgs& a, int64_t tile, int64_t row, int64_t last, Pool&
     if constexpr (kKind == WeightKind::int8)
       bytes = w.codes + (tile * quads + first) * kQuad;
     else
-      unpack_tile<kKind == WeightKind::group>(w, tile, first, first + count, buffer);
+      unpack_tile<kKind == WeightKind::group && !kFolds>(w, tile, first, first + count, buffer);
     int32_t* waiting = reinterpret_cast<int32_t*>(buffer + unpacked);
     int64_t r = row;
     for (; r + kMaxRows <= last; r += kMaxRows, waiting += kMaxRows * kTile)
-      chunk_rows<kMaxRows>(a, tile, bytes, first, count, r, waiting);
-    last_rows<kMaxRows - 1>(last - r, a, tile, bytes, first, count, r, waiting);
+      chunk_rows<kMaxRows, kKind>(a, tile, bytes, first, count, r, waiting, group_sums);
+    last_rows<kMaxRows - 1, kKind>(last - r, a, tile, bytes, first, count, r, waiting, group_sums);
   }
+}
+
+// Sums of every row's codes over every group, [M][K/group]: at most 128 * 127, so 16 bits hold them.
+inline const int16_t* sum_groups(const LinearArgs& a, Pool& pool) {
+  const int64_t size = a.weight.group, groups = a.weight.k / size;
+  int16_t* out = static_cast<int16_t*>(pool.shared(a.m * groups * (int64_t)sizeof(int16_t)));
+  pool.each(a.m, [&](int64_t row, int) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int8_t* codes = a.codes + row * a.weight.k + group * size;
+      int16_t sum = 0;
+      for (int64_t i = 0; i < size; ++i) sum = (int16_t)(sum + codes[i]);
+      out[row * groups + group] = sum;
+    }
+  });
+  return out;
 }
 
 template <WeightKind kKind>
@@ -135,9 +168,11 @@ void linear_of(const LinearArgs& a, Pool& pool) {
 #endif
   const int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
   const int64_t rows = (a.m + blocks - 1) / blocks;
+  const int16_t* group_sums = nullptr;
+  if constexpr (kFolds && kKind == WeightKind::group) group_sums = sum_groups(a, pool);
   pool.each(tiles * blocks, [&](int64_t i, int thread) {
     const int64_t row = i % blocks * rows;
-    blocked<kKind>(a, i / blocks, row, least(a.m, row + rows), pool, thread);
+    blocked<kKind>(a, i / blocks, row, least(a.m, row + rows), group_sums, pool, thread);
   });
 }
 

@@ -25,6 +25,10 @@ constexpr int kMaxRows = 2;
 constexpr int kBytes = 16;
 constexpr int kMaxRows = 2;
 #endif
+// Without VNNI, products of 4-bit codes are summed in 16 bits for as long as they fit (products.h).
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+#define QOQ_FOLDS
+#endif
 constexpr int kLanes = kBytes / 4;
 
 typedef uint8_t U8 __attribute__((vector_size(kBytes)));
