@@ -2,7 +2,7 @@
 # make accuracy    measure every row of docs/accuracy.md and write it anew (hours)
 # make test    run the tests
 # make sanitize    run the C++ kernels' tests under the address and undefined-behaviour sanitizers
-# make lint    ruff, ruff format --check, mypy            make format   rewrite in place
+# make lint    ruff, mypy, formats of Python and C++      make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
 # Every target first makes .venv in this folder, with qoq installed in editable mode and its C++
@@ -21,6 +21,7 @@ TORCH ?= torch==2.13.0
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SOURCES := $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
 
 .PHONY: demo accuracy test sanitize lint format clean
 .DEFAULT_GOAL := test
@@ -39,6 +40,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 # The kernels' tests on a build that stops at bad memory accesses and undefined behaviour.
@@ -56,12 +58,13 @@ sanitize: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml CMakeLists.txt $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
+$(STAMP): pyproject.toml CMakeLists.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "qoq needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -15,9 +15,8 @@ template <class F>
 inline __attribute__((always_inline)) void put_row(const Activations& out, int64_t row, int64_t k,
                                                    F&& at) {
   if (!out.codes) {
-    each_vector(k, [&](int64_t i, int64_t n) {
-      store_first(out.floats + row * k + i, at(i, n), n);
-    });
+    each_vector(k,
+                [&](int64_t i, int64_t n) { store_first(out.floats + row * k + i, at(i, n), n); });
     return;
   }
   // Without their sign, floats order like their bits, with NaN above everything.
@@ -99,8 +98,8 @@ void silu_mul_quant(const SiluMulArgs& a, Pool& pool) {
   each_row(a.m, a.k, pool, [&](int64_t row, int thread) {
     const float* gate = a.gate_up + row * a.stride;
     const float* up = gate + a.k;
-    float* hidden = a.out.codes ? static_cast<float*>(pool.scratch(thread, a.k * 4))
-                                : a.out.floats + row * a.k;
+    float* hidden =
+        a.out.codes ? static_cast<float*>(pool.scratch(thread, a.k * 4)) : a.out.floats + row * a.k;
     each_vector(a.k, [&](int64_t i, int64_t n) {
       const F32 h = silu_of(load_first<F32>(gate + i, n)) * load_first<F32>(up + i, n);
       store_first(hidden + i, h, n);

@@ -17,15 +17,15 @@
 namespace qoq {
 namespace {
 
-constexpr int64_t kSpanKeys = 2048;     // keys; work can be split between spans
-constexpr int64_t kQueryRows = 32;  // rows (tokens x heads of a group) that share an unpacking
+constexpr int64_t kSpanKeys = 2048;  // keys; work can be split between spans
+constexpr int64_t kQueryRows = 32;   // rows (tokens x heads of a group) that share an unpacking
 
 // scores of P query rows from `row` on, for keys t..t+4 vectors.
 template <int P>
 inline void score_rows(const Shape& s, const Work& w, int64_t row, int64_t t) {
   S32 sums[2 * P][4] = {};
-  multiply<2 * P, 4>(w.q_bytes + row * 2 * s.dim, s.dim, w.k_quads + t * 4, kSegment * 4,
-                     s.k_quads, sums);
+  multiply<2 * P, 4>(w.q_bytes + row * 2 * s.dim, s.dim, w.k_quads + t * 4, kSegment * 4, s.k_quads,
+                     sums);
   for (int v = 0; v < 4; ++v, t += kLanes) {
     const F32 scale = load<F32>(w.k_scale + t), offset = load<F32>(w.k_offset + t);
     for (int p = 0; p < P; ++p) {
@@ -165,8 +165,7 @@ inline void write_rows(const AttentionArgs& a, const Shape& s, const Block& b, c
     const float* sums = p.sums + r * s.lanes;
     for (int64_t d = 0; d < s.dim; ++d) {
       const int64_t byte = d / 2;
-      const int64_t lane =
-          a.v.bits == 4 ? (byte / kLanes * 2 + d % 2) * kLanes + byte % kLanes : d;
+      const int64_t lane = a.v.bits == 4 ? (byte / kLanes * 2 + d % 2) * kLanes + byte % kLanes : d;
       out[d] = sums[lane] / p.weight[r];
     }
   }
@@ -193,7 +192,11 @@ struct Blocks {
     // Later rows see more keys: hand the long work out first.
     const int64_t part = (rows + tokens - 1) / tokens - 1 - i / a.kv_heads;
     const int64_t first = part * tokens;
-    return {s, i % a.kv_heads, first, least(tokens, rows - first), a.cu_seqlens_q[s] + first,
+    return {s,
+            i % a.kv_heads,
+            first,
+            least(tokens, rows - first),
+            a.cu_seqlens_q[s] + first,
             a.kv_lens[s] - rows + first};
   }
 };

@@ -14,10 +14,10 @@ constexpr int32_t kMost = 127 * 256 + 127;  // largest integer of two signed byt
 
 // The rows of one sequence and KV head that are worked on together.
 struct Block {
-  int64_t sequence, head;      // KV head
-  int64_t first, tokens;       // query tokens, counted from the sequence's first row
-  int64_t row;                 // row of q of the first of them
-  int64_t position;            // its position in the sequence
+  int64_t sequence, head;  // KV head
+  int64_t first, tokens;   // query tokens, counted from the sequence's first row
+  int64_t row;             // row of q of the first of them
+  int64_t position;        // its position in the sequence
 };
 
 struct Shape {

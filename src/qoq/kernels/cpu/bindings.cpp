@@ -5,7 +5,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-
 #include <unistd.h>
 
 #include <algorithm>
@@ -107,19 +106,27 @@ PagesHalf pages_half(const HalfAddresses& a) {
 }
 
 // sizes: sequences, tokens, heads, kv_heads, dim, pages, page_size, max_pages.
-void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t q, const HalfAddresses& k,
-               const HalfAddresses& v, uintptr_t page_table, uintptr_t kv_lens, uintptr_t cu_seqlens_q,
-               float sm_scale, int64_t window, uintptr_t out) {
+void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t q,
+               const HalfAddresses& k, const HalfAddresses& v, uintptr_t page_table,
+               uintptr_t kv_lens, uintptr_t cu_seqlens_q, float sm_scale, int64_t window,
+               uintptr_t out) {
   const auto [sequences, tokens, heads, kv_heads, dim, pages, page_size, max_pages] = sizes;
   require(dim % 8 == 0 && dim <= 256, "head dims are multiples of 8 up to 256 here");
   require(kv_heads > 0 && heads % kv_heads == 0, "query heads must share KV heads evenly");
-  const AttentionArgs a{sequences,          heads,
-                        kv_heads,           dim,
-                        page_size,          max_pages,
-                        at<float>(q),       pages_half(k),
-                        pages_half(v),      at<int32_t>(page_table),
-                        at<int32_t>(kv_lens), at<int32_t>(cu_seqlens_q),
-                        sm_scale,           window,
+  const AttentionArgs a{sequences,
+                        heads,
+                        kv_heads,
+                        dim,
+                        page_size,
+                        max_pages,
+                        at<float>(q),
+                        pages_half(k),
+                        pages_half(v),
+                        at<int32_t>(page_table),
+                        at<int32_t>(kv_lens),
+                        at<int32_t>(cu_seqlens_q),
+                        sm_scale,
+                        window,
                         at<float>(out)};
   for (const PagesHalf& half : {a.k, a.v})
     require(half.bits == 4 || half.bits == 8, "keys and values have 4 or 8 bits here");
@@ -157,18 +164,25 @@ void act_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_st
 void rms_norm_quant(Backend& backend, int64_t m, int64_t k, uintptr_t x, int64_t x_stride,
                     uintptr_t residual, int64_t residual_stride, uintptr_t gain, float eps,
                     uintptr_t stream, const Addresses& out) {
-  const RmsNormArgs args{m,   k,
-                         at<float>(x),        x_stride,
-                         at<float>(residual), residual_stride,
-                         at<float>(gain),     eps,
-                         at<float>(stream),   activations(out)};
-  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.rms_norm_quant(args, pool); });
+  const RmsNormArgs args{m,
+                         k,
+                         at<float>(x),
+                         x_stride,
+                         at<float>(residual),
+                         residual_stride,
+                         at<float>(gain),
+                         eps,
+                         at<float>(stream),
+                         activations(out)};
+  backend.run(
+      [&](const Kernels& kernels, Pool& pool) { return kernels.rms_norm_quant(args, pool); });
 }
 
 void silu_mul_quant(Backend& backend, int64_t m, int64_t k, uintptr_t gate_up, int64_t stride,
                     const Addresses& out) {
   const SiluMulArgs args{m, k, at<float>(gate_up), stride, activations(out)};
-  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.silu_mul_quant(args, pool); });
+  backend.run(
+      [&](const Kernels& kernels, Pool& pool) { return kernels.silu_mul_quant(args, pool); });
 }
 
 // q, k, v: (address, elements between tokens).
@@ -196,11 +210,14 @@ void kv_append(Backend& backend, int64_t tokens, int64_t q_heads, int64_t kv_hea
 }
 
 int64_t spin_products(Backend& backend, int64_t rounds) {
-  return backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.spin_products(rounds, pool); });
+  return backend.run(
+      [&](const Kernels& kernels, Pool& pool) { return kernels.spin_products(rounds, pool); });
 }
 
 void read_all(Backend& backend, uintptr_t memory, int64_t bytes) {
-  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.read_all(at<uint8_t>(memory), bytes, pool); });
+  backend.run([&](const Kernels& kernels, Pool& pool) {
+    return kernels.read_all(at<uint8_t>(memory), bytes, pool);
+  });
 }
 
 void sample_rows(Backend& backend, int64_t rows, int64_t vocab, uintptr_t logits, int64_t stride,

@@ -15,9 +15,8 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear,       attention,  act_quant,   rms_norm_quant,
-    silu_mul_quant,   kv_append,    spin_products, read_all, peak,
-    total_weight,     ranks_above,  draw,
+    Isa::QOQ_VARIANT, linear,   attention, act_quant,    rms_norm_quant, silu_mul_quant, kv_append,
+    spin_products,    read_all, peak,      total_weight, ranks_above,    draw,
 };
 
 }  // namespace qoq

@@ -17,43 +17,43 @@ enum class WeightKind : int { int8, channel, group };
 struct TiledWeight {
   WeightKind kind;
   int64_t n, k;
-  int64_t group;           // input channels per group (kind group)
-  const uint8_t* codes;    // int8: [N/64][K/4][64][4]; 4-bit: [N/64][K/8][64][4]
-  const uint8_t* groups;   // [N/64][K/group][2][64]: group scales, then offsets + 128
-  const float* scale;      // [N] channel scales
-  const float* offset;     // [N] offsets (kind channel)
+  int64_t group;          // input channels per group (kind group)
+  const uint8_t* codes;   // int8: [N/64][K/4][64][4]; 4-bit: [N/64][K/8][64][4]
+  const uint8_t* groups;  // [N/64][K/group][2][64]: group scales, then offsets + 128
+  const float* scale;     // [N] channel scales
+  const float* offset;    // [N] offsets (kind channel)
 };
 
 // y [M, N] = epilogue(codes [M, K] x weight), exact in integers.
 struct LinearArgs {
   int64_t m;
-  const int8_t* codes;      // [M, K]
-  const float* act_scale;   // [M]
-  const int32_t* row_sum;   // [M]
+  const int8_t* codes;     // [M, K]
+  const float* act_scale;  // [M]
+  const int32_t* row_sum;  // [M]
   TiledWeight weight;
-  const float* bias;        // [N] or null
-  float* out;               // [M, N], rows `out_stride` apart
+  const float* bias;  // [N] or null
+  float* out;         // [M, N], rows `out_stride` apart
   int64_t out_stride;
 };
 
 // K or V of a layer's pages (see formats/kv.py); 16 bits are floats without scale and offset.
 struct PagesHalf {
-  int64_t bits;      // 4, 8 or 16
-  void* codes;       // bytes [P, Hkv, page_size, D * bits / 8], or floats [P, Hkv, page_size, D]
-  uint16_t* scale;   // fp16 [P, Hkv, page_size]
+  int64_t bits;     // 4, 8 or 16
+  void* codes;      // bytes [P, Hkv, page_size, D * bits / 8], or floats [P, Hkv, page_size, D]
+  uint16_t* scale;  // fp16 [P, Hkv, page_size]
   uint16_t* offset;
 };
 
 struct AttentionArgs {
   int64_t sequences, heads, kv_heads, dim, page_size, max_pages;
-  const float* q;               // [T, heads, dim]
+  const float* q;  // [T, heads, dim]
   PagesHalf k, v;
   const int32_t* page_table;    // [sequences, max_pages]
   const int32_t* kv_lens;       // [sequences]
   const int32_t* cu_seqlens_q;  // [sequences + 1]
   float sm_scale;
-  int64_t window;               // keys a row sees at most, its own included; 0: all
-  float* out;                   // [T, heads, dim]
+  int64_t window;  // keys a row sees at most, its own included; 0: all
+  float* out;      // [T, heads, dim]
 };
 
 // What enters a linear: int8 rows with a scale and a sum each, or plain floats where codes is null.
@@ -66,7 +66,7 @@ struct Activations {
 
 struct ActQuantArgs {
   int64_t m, k;
-  const float* x;    // [M, K], rows `x_stride` apart
+  const float* x;  // [M, K], rows `x_stride` apart
   int64_t x_stride;
   Activations out;
 };
@@ -74,13 +74,13 @@ struct ActQuantArgs {
 // stream = x + residual; out = activation of stream / rms(stream) * gain
 struct RmsNormArgs {
   int64_t m, k;
-  const float* x;         // [M, K], rows `x_stride` apart
+  const float* x;  // [M, K], rows `x_stride` apart
   int64_t x_stride;
   const float* residual;  // [M, K], rows `residual_stride` apart, or null: then stream is x
   int64_t residual_stride;
-  const float* gain;      // [K]
+  const float* gain;  // [K]
   float eps;
-  float* stream;          // [M, K]; not written without a residual
+  float* stream;  // [M, K]; not written without a residual
   Activations out;
 };
 
@@ -94,8 +94,8 @@ struct SiluMulArgs {
 
 struct KvAppendArgs {
   int64_t tokens, q_heads, kv_heads, dim;
-  int64_t pairs;            // pairs of dims that RoPE turns, dim / 2 at most
-  const float *q, *k, *v;   // [T, heads, D], tokens `*_stride` apart
+  int64_t pairs;           // pairs of dims that RoPE turns, dim / 2 at most
+  const float *q, *k, *v;  // [T, heads, D], tokens `*_stride` apart
   int64_t q_stride, k_stride, v_stride;
   const float *cos, *sin;   // [T, pairs]
   const int64_t* slots;     // [T], inside the pages; negative: nothing is written

@@ -73,10 +73,14 @@ void rotate(const double* x, const float* matrix, int64_t dim, float* out) {
 inline void rotate_heads(int64_t heads, const double* x, const float* matrix, int64_t dim,
                          float* out) {
   switch (heads) {
-    case 1: return rotate<1>(x, matrix, dim, out);
-    case 2: return rotate<2>(x, matrix, dim, out);
-    case 3: return rotate<3>(x, matrix, dim, out);
-    default: return rotate<4>(x, matrix, dim, out);
+    case 1:
+      return rotate<1>(x, matrix, dim, out);
+    case 2:
+      return rotate<2>(x, matrix, dim, out);
+    case 3:
+      return rotate<3>(x, matrix, dim, out);
+    default:
+      return rotate<4>(x, matrix, dim, out);
   }
 }
 

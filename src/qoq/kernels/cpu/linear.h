@@ -16,14 +16,15 @@ namespace qoq {
 namespace {
 
 #ifdef QOQ_FOLDS
-constexpr int kDirectRows = 2;        // up to here, straight from packed codes
+constexpr int kDirectRows = 2;  // up to here, straight from packed codes
 constexpr bool kFolds = true;
 #else
 constexpr int kDirectRows = 4;
 constexpr bool kFolds = false;
 #endif
-constexpr int64_t kChunkQuads = 512;  // 128 KB of unpacked bytes: half of a small second-level cache
-constexpr int64_t kBlockRows = 384;   // rows that share one unpacking
+constexpr int64_t kChunkQuads =
+    512;                             // 128 KB of unpacked bytes: half of a small second-level cache
+constexpr int64_t kBlockRows = 384;  // rows that share one unpacking
 
 // R rows straight from packed codes, V vectors of channels at a time.
 template <WeightKind kKind, int R>
@@ -68,10 +69,14 @@ void direct(const LinearArgs& a, int64_t tile) {
 template <WeightKind kKind>
 void direct_rows(const LinearArgs& a, int64_t tile) {
   switch (a.m) {
-    case 1: return direct<kKind, 1>(a, tile);
-    case 2: return direct<kKind, 2>(a, tile);
-    case 3: return direct<kKind, 3>(a, tile);
-    default: return direct<kKind, 4>(a, tile);
+    case 1:
+      return direct<kKind, 1>(a, tile);
+    case 2:
+      return direct<kKind, 2>(a, tile);
+    case 3:
+      return direct<kKind, 3>(a, tile);
+    default:
+      return direct<kKind, 4>(a, tile);
   }
 }
 
@@ -179,9 +184,12 @@ void linear_of(const LinearArgs& a, Pool& pool) {
 void linear(const LinearArgs& a, Pool& pool) {
   if (a.m == 0 || a.weight.n == 0) return;
   switch (a.weight.kind) {
-    case WeightKind::int8: return linear_of<WeightKind::int8>(a, pool);
-    case WeightKind::channel: return linear_of<WeightKind::channel>(a, pool);
-    case WeightKind::group: return linear_of<WeightKind::group>(a, pool);
+    case WeightKind::int8:
+      return linear_of<WeightKind::int8>(a, pool);
+    case WeightKind::channel:
+      return linear_of<WeightKind::channel>(a, pool);
+    case WeightKind::group:
+      return linear_of<WeightKind::group>(a, pool);
   }
 }
 

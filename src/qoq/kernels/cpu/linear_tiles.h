@@ -11,9 +11,9 @@
 namespace qoq {
 namespace {
 
-constexpr int64_t kTilesFrom = 12;        // rows: fewer leave most of a register empty
-constexpr int64_t kChunkSteps = 8;        // 512 input channels: 32 KB of unpacked bytes
-constexpr int64_t kTaskBlocks = 16;       // blocks of 32 rows that share one unpacking
+constexpr int64_t kTilesFrom = 12;   // rows: fewer leave most of a register empty
+constexpr int64_t kChunkSteps = 8;   // 512 input channels: 32 KB of unpacked bytes
+constexpr int64_t kTaskBlocks = 16;  // blocks of 32 rows that share one unpacking
 
 // Blocks first..last-1 of packed rows times one tile of channels.
 template <WeightKind kKind>
@@ -33,8 +33,8 @@ void tiled(const LinearArgs& a, int64_t tile, int64_t first, int64_t last, const
     if constexpr (kKind == WeightKind::int8)
       bytes = w.codes + (tile * quads + quad) * kQuad;
     else
-      unpack_tile<kKind == WeightKind::group>(w, tile, quad, least(quads, quad + count * kStepQuads),
-                                              buffer);
+      unpack_tile<kKind == WeightKind::group>(w, tile, quad,
+                                              least(quads, quad + count * kStepQuads), buffer);
     for (int64_t block = first; block < last; ++block) {
       const int8_t* rows = packed + (block * steps + step) * kPackedStep;
       for (int half = 0; half < 2; ++half) {

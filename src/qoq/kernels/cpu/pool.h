@@ -61,9 +61,9 @@ class Pool {
   Task task_ = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0;
-  Counter next_;     // the next task to hand out
-  Counter left_;     // workers that have not finished this run
-  Counter round_;    // goes up by 2 with each run; the low bit says "stop"
+  Counter next_;   // the next task to hand out
+  Counter left_;   // workers that have not finished this run
+  Counter round_;  // goes up by 2 with each run; the low bit says "stop"
   std::mutex sleep_;
   std::condition_variable wake_;
   std::atomic<int> sleepers_{0};

@@ -34,10 +34,12 @@ constexpr int64_t kFoldQuads = 8;  // 8 x 2 products of at most 15 * 127: 30480 
 // instructions of dot4 without VNNI. groups: [2][64] bytes each, from the first vector of channels
 // on, or null for codes without groups; row_sums: of each group, rows `sums_stride` apart.
 template <int R, int V>
-inline __attribute__((always_inline)) void multiply_codes(
-    const int8_t* rows, int64_t row_stride, const uint8_t* codes, int64_t quad_stride,
-    int64_t quads, int64_t quads_per_group, const uint8_t* groups, const int16_t* row_sums,
-    int64_t sums_stride, S32 (&sums)[R][V]) {
+inline __attribute__((always_inline)) void multiply_codes(const int8_t* rows, int64_t row_stride,
+                                                          const uint8_t* codes, int64_t quad_stride,
+                                                          int64_t quads, int64_t quads_per_group,
+                                                          const uint8_t* groups,
+                                                          const int16_t* row_sums,
+                                                          int64_t sums_stride, S32 (&sums)[R][V]) {
   for (int64_t quad = 0, group = 0; quad < quads; ++group) {
     const int64_t end = least(quads, quad + quads_per_group);
     S16 scale[V];

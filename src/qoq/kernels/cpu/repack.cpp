@@ -88,8 +88,14 @@ Tiles Tiles::from_groups(int64_t n, int64_t k, int64_t group, const uint8_t* cod
 }
 
 TiledWeight Tiles::view() const {
-  return {kind_,         n_,           k_, group_, codes_.get(), groups_.get(),
-          scale_.data(), offset_.empty() ? nullptr : offset_.data()};
+  return {kind_,
+          n_,
+          k_,
+          group_,
+          codes_.get(),
+          groups_.get(),
+          scale_.data(),
+          offset_.empty() ? nullptr : offset_.data()};
 }
 
 }  // namespace qoq

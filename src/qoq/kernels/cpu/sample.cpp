@@ -19,7 +19,7 @@ struct Row {
   int64_t top_k;
   uint64_t key;
   RowPeak peak;
-  float* tops;      // of groups of logits
+  float* tops;  // of groups of logits
   int64_t groups;
   uint64_t* ranks;  // room for a whole ranking
 

@@ -36,9 +36,8 @@ RowPeak peak(const float* x, int64_t vocab, float* group_tops) {
     top = better ? top : highest;
     const F32 base = top == -kInf ? splat(0.0f) : top;
     F32 sum = splat(0.0f);
-    each_vector(count, [&](int64_t i, int64_t n) {
-      sum += exp_of(load_logits(x + start + i, n) - base);
-    });
+    each_vector(count,
+                [&](int64_t i, int64_t n) { sum += exp_of(load_logits(x + start + i, n) - base); });
     sums = sums * exp_of(highest - base) + sum;
     highest = top;
   }

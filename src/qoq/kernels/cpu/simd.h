@@ -39,9 +39,9 @@ typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef float F32 __attribute__((vector_size(kBytes)));
 typedef uint64_t U64 __attribute__((vector_size(kBytes)));
 typedef double F64 __attribute__((vector_size(kBytes)));
-typedef float F32Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
+typedef float F32Half __attribute__((vector_size(kBytes / 2)));   // as many lanes as F64
 typedef uint8_t U8Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as U16
-typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));  // one byte per 32-bit lane
+typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));     // one byte per 32-bit lane
 typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
@@ -127,8 +127,7 @@ inline S32 dot4(S32 sums, U8 w, const int8_t* x) {
   const __m256i odd = _mm256_set1_epi32(((int32_t)x[3] << 16) | (uint16_t)(int16_t)x[1]);
   const __m256i low = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(0xff));
   const __m256i high = _mm256_srli_epi16((__m256i)w, 8);
-  const __m256i both =
-      _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
+  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
   return sums + (S32)both;
 #else
   S32 out = sums;

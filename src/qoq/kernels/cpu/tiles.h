@@ -17,8 +17,8 @@
 namespace qoq {
 namespace {
 
-constexpr int kQuad = kTile * 4;               // bytes of a quad
-constexpr int kVectors = kQuad / kBytes;       // vectors of a quad
+constexpr int kQuad = kTile * 4;                    // bytes of a quad
+constexpr int kVectors = kQuad / kBytes;            // vectors of a quad
 constexpr int kPart = kVectors < 4 ? kVectors : 4;  // vectors of sums a kernel holds per row
 
 // What turns unpacked codes of one group into bytes, for one vector of channels.
@@ -56,8 +56,7 @@ inline void unpack_tile(const TiledWeight& w, int64_t tile, int64_t first, int64
     int64_t end = (group + 1) * quads_per_group;
     end = end < last ? end : last;
     if constexpr (kGroups)
-      for (int v = 0; v < kVectors; ++v)
-        scales[v] = load_group(groups + group * 2 * kTile, v);
+      for (int v = 0; v < kVectors; ++v) scales[v] = load_group(groups + group * 2 * kTile, v);
     for (; quad < end; quad += 2, out += 2 * kQuad) {
       const uint8_t* pair = codes + quad / 2 * kQuad;
       for (int v = 0; v < kVectors; ++v) {
