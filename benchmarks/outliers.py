@@ -201,9 +201,9 @@ def _nearest(row: dict[str, Any]) -> list[str]:
     kl = {label: result.get("kl_mean") for label, result in row["results"].items()}
     cells = [row["name"], f"{kl['RTN'] * 1e3:.1f}"]
     for name in PASSES:
-        value = kl[f"RTN + {name}"]
-        text = f"{value * 1e3:.1f}"
-        cells.append(f"**{text}**" if value < kl["RTN"] / 2 else text)
+        value = kl.get(f"RTN + {name}")  # measured where the pass should rescue
+        text = "" if value is None else f"{value * 1e3:.1f}"
+        cells.append(f"**{text}**" if value is not None and value < kl["RTN"] / 2 else text)
     return cells
 
 

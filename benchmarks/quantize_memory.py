@@ -4,7 +4,7 @@
     python benchmarks/quantize_memory.py llama-3-8b --layers 2 --samples 4
 
 Each run is a process of its own, so its peak resident memory is the command's. Results go to
-benchmarks/results/quantize-memory-<shapes>.json.
+benchmarks/results/quantize-memory-<shapes>.json and, all of them, into docs/memory.md.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from pathlib import Path
 from random_model import write_random_model
 
 from qoq.bench.shapes import SHAPES, config_of
+from qoq.evaluate.render import fill
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "memory.md"
 EXAMPLE = ROOT / "examples" / "books-llama"
 
 
@@ -68,6 +70,24 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), {"memory": table()}), encoding="utf-8")
+
+
+def table() -> str:
+    """Every result there is, as markdown."""
+    lines = [
+        "| shapes | layers | calibration | peak memory | time | checkpoint | command |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("quantize-memory-*.json")):
+        r = json.loads(path.read_text())
+        lines.append(
+            f"| {r['shapes']} | {r['layers']} | {r['samples']} x {r['seq_len']} tokens "
+            f"| {r['peak_rss_gb']:.2f} GB | {r['seconds'] / 60:.0f} min "
+            f"| {r['checkpoint_gb']:.2f} GB | `{r['command']}` (commit {r['commit']}, "
+            f"{r['cores']} cores of {r['cpu']}) |"
+        )
+    return "\n".join(lines)
 
 
 def _cpu() -> str:
