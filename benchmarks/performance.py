@@ -1,0 +1,99 @@
+"""docs/performance.md from what `qoq bench` measured: one JSON file per run.
+
+    qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
+    qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
+    python benchmarks/performance.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qoq.evaluate.render import fill
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def read(kind: str) -> list[dict[str, Any]]:
+    """All runs of a kind, in order of their files' names."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+
+
+def table(heads: list[str], lines: list[list[str]]) -> str:
+    parts = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(part)} |" for part in parts)
+
+
+def kernels(op: str) -> str:
+    """A table per run: a line per shape, a column per number of rows, each the share of the roof."""
+    parts = []
+    for run in read("kernels"):
+        rows = [row for row in run["rows"] if row["op"] == op]
+        sizes = sorted({row["M"] for row in rows})
+        shapes = dict.fromkeys(row["shape"] for row in rows)
+        at = {(row["shape"], row["M"]): row for row in rows}
+        lines = [
+            [shape, *(_cell(at[shape, m]) for m in sizes if (shape, m) in at)] for shape in shapes
+        ]
+        title = (
+            f"{run['shape']}, {run['scheme']}, {run['isa']}, {run['threads']} threads; int8 "
+            f"{run['int8_peak_ops'] / 1e12:.2f} TOPS, reads {run['read_bandwidth'] / 1e9:.1f} GB/s"
+        )
+        head = "M" if op != "attention" else "batch"
+        parts.append(f"{title}\n\n" + table(["", *(f"{head} {m}" for m in sizes)], lines))
+    return "\n\n".join(parts)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['seconds'] * 1e3:.3f} ms, {row['fraction']:.0%}"
+
+
+def throughput() -> str:
+    """A line per batch of every run."""
+    lines = [
+        [
+            run["shape"],
+            run["scheme"],
+            run["isa"],
+            f"{result['prompt_len']} / {result['output_len']}",
+            str(result["batch"]),
+            *(
+                f"{result[key]:.1f}"
+                for key in ("prefill_tok_s", "decode_tok_s", "output_tok_s", "total_tok_s")
+            ),
+        ]
+        for run in read("throughput")
+        for result in run["runs"]
+    ]
+    heads = ["shape", "scheme", "isa", "in / out", "batch", "prefill", "decode", "output", "total"]
+    return table(heads, lines)
+
+
+def origins() -> str:
+    """The commands, commits and machines of all runs."""
+    lines = []
+    for run in read("kernels") + read("throughput"):
+        machine = run["hardware"]
+        lines.append(
+            f"- `{run['command']}`: commit {run['commit']}, {run['date']}, {machine['cores']} "
+            f"cores of {machine['cpu']}, {run['isa']}, {run['threads']} threads"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parts = {
+        "linear": kernels("linear"),
+        "attention": kernels("attention"),
+        "rms_norm_quant": kernels("rms_norm_quant"),
+        "silu_mul_quant": kernels("silu_mul_quant"),
+        "throughput": throughput(),
+        "origins": origins(),
+    }
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
