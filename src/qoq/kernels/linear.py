@@ -33,6 +33,11 @@ def linear(
     prepared weight is multiplied by the twin that prepared it.
     """
     if isinstance(weight, PreparedWeight):
+        if backend not in ("auto", weight.backend):
+            raise BackendUnavailable(
+                f"These weights were laid out for backend {weight.backend!r} when the model was "
+                f"loaded; load it with backend {backend!r} to run it there."
+            )
         return weight.multiply(x, bias)
     if isinstance(x, Tensor) or isinstance(weight, Tensor):
         return linear_oracle(x, weight, bias)
