@@ -10,6 +10,7 @@ per-channel 4-bit        y = s_a * (s_w * acc + offset * row_sum)   (offset leav
 import torch
 from torch import Tensor
 
+from qoq.errors import BackendUnavailable
 from qoq.formats.weights import ChannelWeight, GroupWeight, PackedWeight
 from qoq.kernels.act_quant import Activation
 from qoq.kernels.dispatch import find, resolve

@@ -108,3 +108,5 @@ def test_weights_are_prepared_for_the_backend_asked_for() -> None:
     assert type(prepare_for(weight, "cpu")).__name__ == "TiledWeight"
     x = random_rows(3, 64)
     assert torch.equal(linear(x, weight, backend="cpu"), linear_oracle(x, weight))
+    with pytest.raises(BackendUnavailable, match="laid out for backend 'cpu'"):
+        linear(x, prepare(weight), backend="oracle")

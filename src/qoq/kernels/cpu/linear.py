@@ -1,7 +1,7 @@
 """C++ twin of linear: int8 rows times weights in tile order, equal to the oracle to the bit."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ MULTIPLE = 32  # input channels of every format the kernels take
 class TiledWeight(PreparedWeight):
     """A weight [N, K] in the order the kernels read it; the canonical tensors are not kept."""
 
+    backend: ClassVar[str] = "cpu"
     tiles: Any  # qoq._C.Tiles
     shape: tuple[int, int]
     format: WeightFormat
@@ -29,8 +30,8 @@ class TiledWeight(PreparedWeight):
     def multiply(self, x: Activation, bias: Tensor | None) -> Tensor:
         if not isinstance(x, QuantizedActivation):
             raise BackendUnavailable(
-                "Float rows cannot meet weights prepared for int8 rows; load the model with "
-                "--backend oracle to run it in mixed precision."
+                "Float rows cannot meet weights laid out for int8 rows; load the model with backend "
+                "'oracle' to run it in mixed precision."
             )
         (n, k), m = self.shape, x.codes.shape[0]
         out = torch.empty(m, n)
