@@ -27,7 +27,7 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def kernels(op: str) -> str:
-    """A table per run: a line per shape, a column per number of rows; time and share of the roof."""
+    """A table per run: a line per shape, a column per M, time and share of the roof."""
     parts = []
     for run in read("kernels"):
         rows = [row for row in run["rows"] if row["op"] == op]

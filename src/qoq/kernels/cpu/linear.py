@@ -30,8 +30,8 @@ class TiledWeight(PreparedWeight):
     def multiply(self, x: Activation, bias: Tensor | None) -> Tensor:
         if not isinstance(x, QuantizedActivation):
             raise BackendUnavailable(
-                "Float rows cannot meet weights laid out for int8 rows; load the model with backend "
-                "'oracle' to run it in mixed precision."
+                "Float rows cannot meet weights laid out for int8 rows; load the model with "
+                "backend 'oracle' to run it in mixed precision."
             )
         (n, k), m = self.shape, x.codes.shape[0]
         out = torch.empty(m, n)
