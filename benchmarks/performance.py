@@ -1,8 +1,8 @@
 """docs/performance.md from what `qoq bench` measured: one JSON file per run.
 
-    qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
-    qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
-    python benchmarks/performance.py
+qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
+qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
+python benchmarks/performance.py
 """
 
 import json

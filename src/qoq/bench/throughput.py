@@ -6,6 +6,7 @@ memory ends ("maximum achievable throughput").
 
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -103,4 +104,5 @@ def grow(measure: Callable[[int], Throughput], most: int) -> Iterator[Throughput
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -44,7 +44,8 @@ class Engine:
     ) -> None:
         """max_requests run at a time; a step's batch holds max_step_tokens rows, or a bit fewer.
 
-        ``eos_ids`` end a text; ``backend`` is passed on to every op.
+        ``eos_ids`` end a text; ``backend`` is passed on to every op of the decoder, whose weights
+        must have been loaded for it.
         """
         self._decoder = decoder
         self._pool = pool

@@ -25,9 +25,9 @@ def variant(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
         pytest.skip(MISSING)
     isa, threads = request.param
     with patch.dict(os.environ, {"QOQ_ISA": isa, "QOQ_NUM_THREADS": str(threads)}):
-        backend.backend.cache_clear()
+        backend.forget()
         yield isa, threads
-    backend.backend.cache_clear()
+    backend.forget()
 
 
 @pytest.fixture(autouse=True, scope="module")

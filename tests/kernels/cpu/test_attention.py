@@ -121,11 +121,35 @@ def test_rows_that_are_no_numbers_stay_alone() -> None:
     assert torch.equal(got[keep], want[keep])
 
 
+def test_sharp_scores_stay_close() -> None:
+    """Scores so large that single keys win: an error of 2e-5 of them begins to count."""
+    case = make_case([(3, 500)], dim=128)
+    case.q.mul_(30)
+    got, want = run(case), oracle(case)
+    assert float((got - want).abs().max()) <= 2e-2 * float(want.abs().max())
+
+
+def test_a_missing_number_among_keys_is_not_lost() -> None:
+    case = make_case([(1, 258)], bits=(4, 4), heads=(2, 1), dim=64, page_size=258, window=3)
+    case.pages.k_offset[int(case.page_table[0, 0]), 0, 255] = torch.nan
+    assert run(case).isnan().all()
+    assert oracle(case).isnan().all()
+
+
+def test_no_heads_and_no_window_are_refused() -> None:
+    case = make_case([(1, 4)], dim=8)
+    with pytest.raises(ValueError, match="share"):
+        run(replace(case, q=case.q[:, :0]))
+    with pytest.raises(ValueError, match="window"):
+        run(replace(case, window=0))
+
+
 def test_large_and_zero_queries() -> None:
     case = make_case([(6, 40)], dim=64)
     case.q[0] = 0
     case.q[1] *= 1e4
     case.q[2] *= 1e-30
+    case.q[3] *= 1e-42
     got = run(case)
     assert got.isfinite().all()
     keep = [0, 2, 3, 4, 5]

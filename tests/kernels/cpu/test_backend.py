@@ -24,9 +24,9 @@ needs_extension = pytest.mark.skipif(backend.missing() is not None, reason=str(b
 def _own_settings() -> Iterator[None]:
     """What a test sets, the next one does not see."""
     with patch.dict(os.environ):
-        backend.backend.cache_clear()
+        backend.forget()
         yield
-    backend.backend.cache_clear()
+    backend.forget()
 
 
 def right(x: torch.Tensor) -> bool:
@@ -78,7 +78,7 @@ def test_a_forked_child_makes_threads_of_its_own() -> None:
         status = 1
         try:
             status = 0 if right(torch.randn(9, 3000)) and backend.backend().threads == 3 else 2
-            backend.backend.cache_clear()  # and can end them
+            backend.forget()  # and can end them
         finally:
             os._exit(status)
     for _ in range(600):
@@ -100,10 +100,10 @@ def test_instruction_set_by_name() -> None:
     assert names[0] == "portable"
     for name in names:
         os.environ["QOQ_ISA"] = name
-        backend.backend.cache_clear()
+        backend.forget()
         assert backend.backend().isa == name
     os.environ["QOQ_ISA"] = "abacus"
-    backend.backend.cache_clear()
+    backend.forget()
     with pytest.raises(BackendUnavailable, match=r"abacus.*portable"):
         right(torch.randn(1, 2))
 

@@ -77,6 +77,36 @@ def test_rows_do_not_know_each_other() -> None:
         assert torch.equal(linear(alone, weight)[0], together[r])
 
 
+def test_torch_defaults_do_not_matter() -> None:
+    weight, x = random_weight("group32", 70, 64), random_rows(3, 64)
+    prepared, want = prepare(weight), linear_oracle(x, weight)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(linear(x, prepared), want)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_weights_that_are_not_what_they_say_are_refused() -> None:
+    good = random_weight("int8", 8, 64)
+    assert isinstance(good, Int8Weight)
+    for wrong in (
+        Int8Weight(good.codes, good.scale.half()),
+        Int8Weight(good.codes, good.scale[:5]),
+    ):
+        with pytest.raises(ValueError, match="contiguous"):
+            prepare(wrong)
+    away = good.to("meta")
+    assert "meta" in str(refusal(torch.device("cpu"), weight=away))
+
+
+def test_a_bias_of_another_dtype_is_converted() -> None:
+    weight, x, bias = random_weight("channel", 9, 64), random_rows(2, 64), torch.randn(9).half()
+    assert torch.equal(linear(x, prepare(weight), bias), linear_oracle(x, weight, bias))
+
+
 def test_no_rows_no_channels() -> None:
     assert linear(random_rows(0, 64), prepare(random_weight("int8", 5, 64))).shape == (0, 5)
     assert linear(random_rows(3, 64), prepare(random_weight("channel", 0, 64))).shape == (3, 0)

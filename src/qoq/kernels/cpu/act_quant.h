@@ -37,7 +37,7 @@ inline __attribute__((always_inline)) void put_row(const Activations& out, int64
     const F32 ratio = at(i, n) / scale;
     const S32 code = round_to_int(clamp(ratio, -127.0f, 127.0f)) & (S32)(ratio == ratio);
     sums += code;
-    store_first(codes + i, __builtin_convertvector(code, S8Lanes), n);
+    store_first(codes + i, narrow(code), n);
   });
   out.scale[row] = scale;
   out.row_sum[row] = sum_of(sums);

@@ -72,7 +72,7 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float
     weights += weight[i], bases += base[i], exacts += exact[i];
     wide = largest[i] > wide ? largest[i] : wide;
   }
-  const float scale = wide > 0 ? wide / kMost : 1.0f, inverse = 1 / scale;
+  const float scale = wide > 1e-30f ? wide / kMost : 1.0f, inverse = 1 / scale;
   S32 codes{};
   for (int64_t t = 0; t < kSegment; t += kLanes) {
     const F32 x = load<F32>(scores + t) * inverse + 0.5f;  // not negative: truncation rounds
@@ -80,12 +80,13 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float
     const S32 code = raw > kMost ? splat(kMost) : raw;
     const S32 upper = (code + 128) >> 8;
     codes += code;
-    store(top_bytes + t, __builtin_convertvector(upper, S8Lanes));
-    store(low_bytes + t, __builtin_convertvector(code - upper * 256, S8Lanes));
+    store(top_bytes + t, narrow(upper));
+    store(low_bytes + t, narrow(code - upper * 256));
   }
   int32_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += codes[i];
-  w.segment_top[row] = top, w.segment_weight[row] = weights;
+  w.segment_top[row] = weights == weights ? top : weights;  // NaN stays
+  w.segment_weight[row] = weights;
   w.p_base[row] = bases + (exacts - (float)sum * scale) * middle, w.p_scale[row] = scale;
 }
 

@@ -86,7 +86,7 @@ inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b,
       const float size = __builtin_fabsf(q[d] * a.sm_scale);
       top = size > top || size != size ? size : top;
     }
-    const float scale = top > 0 ? top / kMost : 1.0f;
+    const float scale = top / kMost > 0 ? top / kMost : 1.0f;
     int8_t *high = w.q_bytes + r * 2 * s.dim, *low = high + s.dim;
     int32_t sum = 0;
     for (int64_t d = 0; d < s.dim; ++d) {

@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,65 @@ def extension() -> Any:
     return importlib.import_module("qoq._C")
 
 
-@functools.cache
+class _Shared:
+    """The one Backend of this process, made once whoever asks first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.backend: Any = None
+
+    def forget(self) -> None:
+        with self.lock:
+            self.backend = None
+
+
+_shared = _Shared()
+
+
 def backend() -> Any:
     """The shared ``_C.Backend``: QOQ_ISA or the best instruction set, QOQ_NUM_THREADS or all CPUs.
 
     Made by the first op that runs. Worker threads do not survive a fork, so a child makes its own.
     """
+    made = _shared.backend
+    if made is not None:
+        return made
+    with _shared.lock:
+        if _shared.backend is None:
+            _shared.backend = _make()
+        return _shared.backend
+
+
+def _make() -> Any:
     try:
         return extension().Backend(os.environ.get("QOQ_ISA", ""), thread_count())
     except ValueError as error:
         raise BackendUnavailable(str(error)) from None
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"The system does not grant {thread_count()} threads ({error}); set QOQ_NUM_THREADS "
+            "to fewer."
+        ) from None
 
 
-os.register_at_fork(after_in_child=backend.cache_clear)
+def forget() -> None:
+    """Let the next op make a new Backend, from QOQ_ISA and QOQ_NUM_THREADS as they are then."""
+    _shared.forget()
+
+
+def _after_fork() -> None:
+    _shared.lock = threading.Lock()  # another thread of the parent may have held it
+    _shared.backend = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_threads(threads: int) -> None:
     """Run all C++ twins on this many threads from now on, in processes started later too."""
-    os.environ["QOQ_NUM_THREADS"] = str(_positive(str(threads)))
-    backend.cache_clear()
+    with _shared.lock:
+        os.environ["QOQ_NUM_THREADS"] = str(_positive(str(threads)))
+        _shared.backend = None
 
 
 def thread_count() -> int:

@@ -112,7 +112,9 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
                uintptr_t out) {
   const auto [sequences, tokens, heads, kv_heads, dim, pages, page_size, max_pages] = sizes;
   require(dim % 8 == 0 && dim <= 256, "head dims are multiples of 8 up to 256 here");
-  require(kv_heads > 0 && heads % kv_heads == 0, "query heads must share KV heads evenly");
+  require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
+          "query heads must share KV heads evenly");
+  require(dim > 0 && page_size > 0 && window >= 0, "sizes must be positive");
   const AttentionArgs a{sequences,
                         heads,
                         kv_heads,

@@ -15,7 +15,7 @@ inline F32 epilogue(S32 sums, const LinearArgs& a, int64_t row, F32 scale, F32 o
     y = __builtin_convertvector(sums, F32) * scale + offset * (float)row_sum;
     y = y * act_scale;
   } else {
-    const S32 exact = sums - (row_sum << 7);
+    const S32 exact = sums - (row_sum * 128);
     y = __builtin_convertvector(exact, F32) * act_scale * scale;
   }
   return a.bias ? y + bias : y;

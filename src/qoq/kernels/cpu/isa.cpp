@@ -62,25 +62,38 @@ std::vector<Isa> usable_isas() {
   const unsigned long long saved = saved_state();
   const Registers seven = cpuid(7, 0), more = cpuid(7, 1);
   const bool ymm = (saved & 0x6) == 0x6;
-  const bool avx2 = ymm && has(seven.b, 5) && has(one.c, 12) && has(one.c, 29);  // FMA, F16C
+  // With FMA, F16C, BMI, BMI2.
+  const bool avx2 = ymm && has(seven.b, 5) && has(one.c, 12) && has(one.c, 29) && has(seven.b, 3) &&
+                    has(seven.b, 8);
   if (!avx2) return found;
+#ifdef QOQ_HAS_avx2
   found.push_back(Isa::avx2);
+#endif
+#ifdef QOQ_HAS_avxvnni
   if (has(more.a, 4)) found.push_back(Isa::avxvnni);
+#endif
   const bool zmm = (saved & 0xe6) == 0xe6;
   // F, DQ, BW, VL, VNNI
   const bool avx512 = zmm && has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) &&
                       has(seven.b, 31) && has(seven.c, 11);
   if (!avx512) return found;
+#ifdef QOQ_HAS_avx512vnni
   found.push_back(Isa::avx512vnni);
+#endif
+#ifdef QOQ_HAS_amx
   const bool tiles = (saved & 0x60000) == 0x60000 && has(seven.d, 24) && has(seven.d, 25);
   if (tiles && tiles_granted()) found.push_back(Isa::amx);
+#endif
 #endif
   return found;
 }
 
 Isa choose_isa(const std::string& name) {
   const std::vector<Isa> usable = usable_isas();
-  if (name.empty()) return usable.back() == Isa::amx ? Isa::avx512vnni : usable.back();
+  if (name.empty()) {
+    const bool amx = usable.back() == Isa::amx;
+    return amx ? usable[usable.size() - 2] : usable.back();
+  }
   if (name == isa_name(Isa::tiles)) return Isa::tiles;
   std::string names;
   for (Isa isa : usable) {

@@ -12,7 +12,7 @@ enum class Isa { portable, avx2, avxvnni, avx512vnni, amx, tiles };
 
 const char* isa_name(Isa isa);
 
-// Levels that this processor *and* operating system let us run, slowest first.
+// Levels that this build has and this processor *and* operating system let us run, slowest first.
 std::vector<Isa> usable_isas();
 
 // The level named by `name` ("" = the fastest usable but amx, which no machine has measured yet). Throws std::invalid_argument with the

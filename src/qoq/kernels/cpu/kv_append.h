@@ -138,7 +138,7 @@ inline void put_head(const float* x, int64_t dim, const PagesHalf& pages, int64_
   each_vector(dim, [&](int64_t i, int64_t n) {
     const F32 ratio = (load_first<F32>(x + i, n) - offset) / scale;
     const S32 code = round_to_int(clamp(ratio, 0.0f, levels)) & (S32)(ratio == ratio);
-    store_first(to + i, __builtin_convertvector(code, U8Lanes), n);
+    store_first(to + i, narrow(code), n);
   });
   if (pages.bits == 4) pack_nibbles(codes, dim, bytes);
 }

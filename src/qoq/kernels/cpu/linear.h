@@ -15,27 +15,34 @@
 namespace qoq {
 namespace {
 
+// Rows that pass over packed codes at a time, and up to how many rows that beats unpacking them: the
+// codes of a tile are in the second-level cache from the second pass on. Codes without groups need so
+// little unpacking that it always does, bytes need none.
 #ifdef QOQ_FOLDS
-constexpr int kDirectRows = 2;  // up to here, straight from packed codes
+constexpr int kDirectRows = 2, kDirectMost = 2;
 constexpr bool kFolds = true;
 #else
-constexpr int kDirectRows = 4;
+constexpr int kDirectRows = kBytes == 64 ? 8 : 4, kDirectMost = kBytes == 64 ? 48 : 16;
 constexpr bool kFolds = false;
 #endif
-constexpr int64_t kChunkQuads =
-    512;                             // 128 KB of unpacked bytes: half of a small second-level cache
+// Sums in registers, beside codes and scales: rows x vectors of channels.
+constexpr int kDirectSums = kBytes == 64 ? 16 : 8;
+// Quads unpacked at a time. Few rows make little use of them, so they should never leave the
+// first-level cache (16 KB); with many rows sums that wait for the next chunk cost more (128 KB).
+constexpr int64_t kFewQuads = 64, kManyQuads = 512;
+constexpr int64_t kFewRows = 96;
 constexpr int64_t kBlockRows = 384;  // rows that share one unpacking
 
 // R rows straight from packed codes, V vectors of channels at a time.
 template <WeightKind kKind, int R>
-void direct(const LinearArgs& a, int64_t tile) {
-  constexpr int V = kPart;
+void direct(const LinearArgs& a, int64_t tile, int64_t row) {
+  constexpr int V = 4 * R <= kDirectSums ? 4 : 2 * R <= kDirectSums ? 2 : 1;
   const TiledWeight& w = a.weight;
   for (int part = 0; part < kVectors; part += V) {
     S32 sums[R][V] = {};
     if constexpr (kKind == WeightKind::int8) {
       const uint8_t* bytes = w.codes + tile * (w.k / 4) * kQuad + part * kBytes;
-      multiply<R, V>(a.codes, w.k, bytes, kQuad, w.k / 4, sums);
+      multiply<R, V>(a.codes + row * w.k, w.k, bytes, kQuad, w.k / 4, sums);
     } else {
       constexpr bool kGroups = kKind == WeightKind::group;
       const uint8_t* codes = w.codes + tile * (w.k / 8) * kQuad + part * kBytes;
@@ -49,35 +56,28 @@ void direct(const LinearArgs& a, int64_t tile) {
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = codes + pair * kQuad + v * kBytes;
-            __builtin_prefetch(p + 16 * kQuad);
+            __builtin_prefetch(p + kAhead);
             const U8 packed = load<U8>(p);
             U8 low = low_nibbles(packed), high = high_nibbles(packed);
             if constexpr (kGroups) low = scaled(low, scales[v]), high = scaled(high, scales[v]);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-              const int8_t* x = a.codes + r * w.k + pair * 8;
+              const int8_t* x = a.codes + (row + r) * w.k + pair * 8;
               sums[r][v] = dot4(dot4(sums[r][v], low, x), high, x + 4);
             }
           }
         }
       }
     }
-    finish<R, V>(sums, a, 0, tile * kTile + part * kLanes);
+    finish<R, V>(sums, a, row, tile * kTile + part * kLanes);
   }
 }
 
-template <WeightKind kKind>
-void direct_rows(const LinearArgs& a, int64_t tile) {
-  switch (a.m) {
-    case 1:
-      return direct<kKind, 1>(a, tile);
-    case 2:
-      return direct<kKind, 2>(a, tile);
-    case 3:
-      return direct<kKind, 3>(a, tile);
-    default:
-      return direct<kKind, 4>(a, tile);
-  }
+template <WeightKind kKind, int R = kDirectRows>
+void direct_rows(const LinearArgs& a, int64_t tile, int64_t row, int64_t rows) {
+  if constexpr (R > 1)
+    if (rows < R) return direct_rows<kKind, R - 1>(a, tile, row, rows);
+  direct<kKind, R>(a, tile, row);
 }
 
 // R rows of the block over one chunk of quads; `waiting` keeps their sums between chunks.
@@ -128,11 +128,12 @@ template <WeightKind kKind>
 void blocked(const LinearArgs& a, int64_t tile, int64_t row, int64_t last,
              const int16_t* group_sums, Pool& pool, int thread) {
   const TiledWeight& w = a.weight;
-  const int64_t quads = w.k / 4, unpacked = least(quads, kChunkQuads) * kQuad;
+  const int64_t chunk = last - row <= kFewRows ? kFewQuads : kManyQuads;
+  const int64_t quads = w.k / 4, unpacked = least(quads, chunk) * kQuad;
   uint8_t* buffer = static_cast<uint8_t*>(
       pool.scratch(thread, unpacked + (last - row) * kTile * (int64_t)sizeof(int32_t)));
-  for (int64_t first = 0; first < quads; first += kChunkQuads) {
-    const int64_t count = least(kChunkQuads, quads - first);
+  for (int64_t first = 0; first < quads; first += chunk) {
+    const int64_t count = least(chunk, quads - first);
     const uint8_t* bytes = buffer;
     if constexpr (kKind == WeightKind::int8)
       bytes = w.codes + (tile * quads + first) * kQuad;
@@ -164,20 +165,24 @@ inline const int16_t* sum_groups(const LinearArgs& a, Pool& pool) {
 template <WeightKind kKind>
 void linear_of(const LinearArgs& a, Pool& pool) {
   const int64_t tiles = (a.weight.n + kTile - 1) / kTile;
-  if (a.m <= kDirectRows) {
-    pool.each(tiles, [&](int64_t tile, int) { direct_rows<kKind>(a, tile); });
-    return;
-  }
 #ifdef QOQ_TILES
   if (a.m >= kTilesFrom) return linear_in_tiles<kKind>(a, pool);
 #endif
-  const int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
-  const int64_t rows = (a.m + blocks - 1) / blocks;
+  const bool is_direct = a.m <= (kKind == WeightKind::int8 ? kDirectRows : kDirectMost) ||
+                         (kKind == WeightKind::channel && !kFolds);
   const int16_t* group_sums = nullptr;
-  if constexpr (kFolds && kKind == WeightKind::group) group_sums = sum_groups(a, pool);
+  if constexpr (kFolds && kKind == WeightKind::group)
+    if (!is_direct) group_sums = sum_groups(a, pool);
+  const int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
   pool.each(tiles * blocks, [&](int64_t i, int thread) {
-    const int64_t row = i % blocks * rows;
-    blocked<kKind>(a, i / blocks, row, least(a.m, row + rows), group_sums, pool, thread);
+    const int64_t tile = i / blocks, block = i % blocks;
+    const int64_t row = a.m * block / blocks, last = a.m * (block + 1) / blocks;
+    if (!is_direct) return blocked<kKind>(a, tile, row, last, group_sums, pool, thread);
+    const int64_t rows = last - row, passes = (rows + kDirectRows - 1) / kDirectRows;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t first = row + rows * pass / passes;
+      direct_rows<kKind>(a, tile, first, row + rows * (pass + 1) / passes - first);
+    }
   });
 }
 

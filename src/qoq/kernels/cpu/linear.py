@@ -1,5 +1,6 @@
 """C++ twin of linear: int8 rows times weights in tile order, equal to the oracle to the bit."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from qoq.formats.activation import QuantizedActivation
 from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import ChannelWeight, Int8Weight, PackedWeight
 from qoq.kernels.act_quant import Activation
-from qoq.kernels.cpu.backend import address, backend, extension
+from qoq.kernels.cpu.backend import CPU, address, backend, extension
 from qoq.kernels.cpu.backend import unsupported as unsupported_device
 from qoq.kernels.prepared import PreparedWeight
 
@@ -34,7 +35,9 @@ class TiledWeight(PreparedWeight):
                 "backend 'oracle' to run it in mixed precision."
             )
         (n, k), m = self.shape, x.codes.shape[0]
-        out = torch.empty(m, n)
+        if bias is not None:
+            bias = bias.to(torch.float32)
+        out = torch.empty(m, n, dtype=torch.float32, device=CPU)
         extension().linear(
             backend(),
             self.tiles,
@@ -51,16 +54,24 @@ class TiledWeight(PreparedWeight):
 def prepare(weight: PackedWeight) -> TiledWeight:
     """Canonical to tile order; takes about a nanosecond per byte."""
     kind, (n, k) = extension().Tiles, weight.shape
-    parts = {name: t.contiguous() for name, t in weight.tensors().items()}
-    at = {name: t.data_ptr() for name, t in parts.items()}  # ``parts`` keeps them alive
+    fp32, columns = torch.float32, {}
     if isinstance(weight, Int8Weight):
-        tiles = kind.from_int8(n, k, at["codes"], at["scale"])
+        make, columns = kind.from_int8, {"codes": (torch.int8, n, k), "scale": (fp32, n)}
     elif isinstance(weight, ChannelWeight):
-        tiles = kind.from_channels(n, k, at["codes"], at["scale"], at["offset"])
+        make, packed = kind.from_channels, (torch.uint8, n, k // 2)
+        columns = {"codes": packed, "scale": (fp32, n), "offset": (fp32, n)}
     else:
         group = weight.format.group_size
-        names = ("codes", "channel_scale", "group_scale", "group_offset")
-        tiles = kind.from_groups(n, k, group, *(at[name] for name in names))
+        make, packed = functools.partial(kind.from_groups, group=group), (torch.uint8, n, k // 2)
+        columns = {
+            "codes": packed,
+            "channel_scale": (fp32, n),
+            "group_scale": (torch.uint8, n, k // group),
+            "group_offset": (torch.int8, n, k // group),
+        }
+    parts = {name: t.contiguous() for name, t in weight.tensors().items()}
+    at = {name: address(parts[name], *wanted) for name, wanted in columns.items()}
+    tiles = make(n=n, k=k, **at)
     return TiledWeight(tiles, (n, k), weight.format)
 
 
@@ -72,6 +83,8 @@ def linear(x: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = N
 def unsupported(device: torch.device, **what: Any) -> str | None:
     """Why this call must be left to another twin, or None."""
     x, weight = what.get("x"), what.get("weight")
+    if weight is not None and not isinstance(weight, Tensor) and not weight.codes.is_cpu:
+        return f"the weight is on {weight.codes.device}"
     if isinstance(x, Tensor) or isinstance(weight, Tensor):
         return "it multiplies int8 rows by packed weights only"
     if weight is not None and (weight.shape[1] % MULTIPLE or not weight.shape[1]):

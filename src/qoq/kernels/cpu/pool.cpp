@@ -33,18 +33,27 @@ bool spin(F done) {
 }  // namespace
 
 Pool::Pool(int threads) : scratch_(threads < 1 ? 1 : threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // the system grants no more threads
+    stop();
+    throw;
+  }
 }
 
 Pool::~Pool() {
+  stop();
+  for (const Memory& memory : scratch_) std::free(memory.start);
+  std::free(shared_.start);
+}
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_);
     round_.value.fetch_or(1);
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
-  for (const Memory& memory : scratch_) std::free(memory.start);
-  std::free(shared_.start);
 }
 
 int Pool::threads() const { return static_cast<int>(scratch_.size()); }
@@ -73,6 +82,7 @@ void Pool::run(int64_t count, Task task, void* context) {
     for (int64_t i = 0; i < count; ++i) task(context, i, 0);
     return;
   }
+  failed_.store(false, std::memory_order_relaxed);
   task_ = task;
   context_ = context;
   count_ = count;
@@ -86,13 +96,18 @@ void Pool::run(int64_t count, Task task, void* context) {
   take(0);
   auto done = [this] { return left_.value.load(std::memory_order_acquire) == 0; };
   while (!spin(done)) std::this_thread::yield();
+  if (failed_.load()) throw std::bad_alloc();  // nothing else in a task throws
 }
 
 void Pool::take(int thread) {
   for (;;) {
     const int64_t i = next_.value.fetch_add(1, std::memory_order_relaxed);
     if (i >= count_) return;
-    task_(context_, i, thread);
+    try {
+      task_(context_, i, thread);
+    } catch (const std::bad_alloc&) {
+      failed_.store(true);
+    }
   }
 }
 

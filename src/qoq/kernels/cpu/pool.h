@@ -54,6 +54,7 @@ class Pool {
   };
 
   static void* grow(Memory& memory, int64_t bytes);
+  void stop();
   void work(int thread);
   void take(int thread);
 
@@ -67,6 +68,7 @@ class Pool {
   std::mutex sleep_;
   std::condition_variable wake_;
   std::atomic<int> sleepers_{0};
+  std::atomic<bool> failed_{false};  // a task of this run found no memory
   std::vector<std::thread> workers_;
   std::vector<Memory> scratch_;
   Memory shared_;

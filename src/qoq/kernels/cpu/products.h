@@ -47,8 +47,8 @@ inline __attribute__((always_inline)) void multiply_codes(const int8_t* rows, in
       scale[v] = 1 - S16{};
       if (!groups) continue;
       const uint8_t* of = groups + group * 2 * kTile + v * kLanes;
-      const U32 once = __builtin_convertvector(load<U8Lanes>(of), U32);
-      const U32 offset = __builtin_convertvector(load<U8Lanes>(of + kTile), U32);
+      const U32 once = widen(of);
+      const U32 offset = widen(of + kTile);
       scale[v] = (S16)(once | once << 16);
       for (int r = 0; r < R; ++r)
         sums[r][v] += (S32)offset * (int32_t)row_sums[r * sums_stride + group];

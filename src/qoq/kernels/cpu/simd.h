@@ -42,7 +42,6 @@ typedef double F64 __attribute__((vector_size(kBytes)));
 typedef float F32Half __attribute__((vector_size(kBytes / 2)));   // as many lanes as F64
 typedef uint8_t U8Half __attribute__((vector_size(kBytes / 2)));  // as many lanes as U16
 typedef uint8_t U8Lanes __attribute__((vector_size(kLanes)));     // one byte per 32-bit lane
-typedef int8_t S8Lanes __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -85,6 +84,38 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline F32 splat(float x) { return x - F32{}; }
 inline S32 splat(int32_t x) { return x - S32{}; }
+
+// Each lane from its byte. (The compiler would convert the vectors byte by byte.)
+inline U32 widen(const uint8_t* bytes) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (U32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+#else
+  U32 out;
+  for (int i = 0; i < kLanes; ++i) out[i] = bytes[i];
+  return out;
+#endif
+}
+
+// The lowest byte of each lane.
+inline U8Lanes narrow(S32 x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (U8Lanes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m128i pick = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128((__m256i)x), pick);
+  const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256((__m256i)x, 1), pick);
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_unpacklo_epi32(low, high));
+  U8Lanes out;
+  std::memcpy(&out, &bytes, sizeof out);
+  return out;
+#else
+  U8Lanes out;
+  for (int i = 0; i < kLanes; ++i) out[i] = (uint8_t)x[i];
+  return out;
+#endif
+}
 
 // Bit i = sign of lane i: which lanes of a comparison hold.
 inline uint32_t lanes_set(S32 mask) {

@@ -54,9 +54,13 @@ struct TileSums {
   }
   ~TileSums() { _tile_release(); }
 
+  // The compiler does not know that tile loads read memory: everything must be there before them.
+  static void settle() { __asm__ volatile("" : : : "memory"); }
+
   // sums: the block's rows of a tile's 64 channels, [32][64], from the first of 32 channels on.
   void load(const int32_t* sums) {
     constexpr int64_t kRow = kTile * sizeof(int32_t);
+    settle();
     _tile_loadd(0, sums, kRow);
     _tile_loadd(1, sums + 16, kRow);
     _tile_loadd(2, sums + kTileRows * kTile, kRow);
@@ -76,6 +80,7 @@ struct TileSums {
     _tile_stored(3, sums + kTileRows * kTile + 16, kRow);
   }
   void step(const int8_t* rows, const uint8_t* bytes) {
+    settle();
     _tile_loadd(4, rows, kTileBytes);
     _tile_loadd(6, bytes, kQuad);
     _tile_dpbsud(0, 4, 6);

@@ -17,7 +17,8 @@
 namespace qoq {
 namespace {
 
-constexpr int kQuad = kTile * 4;                    // bytes of a quad
+constexpr int64_t kAhead = 4096;  // bytes between what is read and what is fetched from memory
+constexpr int kQuad = kTile * 4;  // bytes of a quad
 constexpr int kVectors = kQuad / kBytes;            // vectors of a quad
 constexpr int kPart = kVectors < 4 ? kVectors : 4;  // vectors of sums a kernel holds per row
 
@@ -29,8 +30,8 @@ struct GroupScales {
 
 // Vector v of the tile's scales and offsets; groups = [2][64] bytes.
 inline GroupScales load_group(const uint8_t* groups, int v) {
-  const U32 scale = __builtin_convertvector(load<U8Lanes>(groups + v * kLanes), U32);
-  const U32 offset = __builtin_convertvector(load<U8Lanes>(groups + kTile + v * kLanes), U32);
+  const U32 scale = widen(groups + v * kLanes);
+  const U32 offset = widen(groups + kTile + v * kLanes);
   return {(U16)(scale | scale << 16), (U8)(offset * 0x01010101u)};
 }
 
@@ -60,6 +61,7 @@ inline void unpack_tile(const TiledWeight& w, int64_t tile, int64_t first, int64
     for (; quad < end; quad += 2, out += 2 * kQuad) {
       const uint8_t* pair = codes + quad / 2 * kQuad;
       for (int v = 0; v < kVectors; ++v) {
+        __builtin_prefetch(pair + kAhead + v * kBytes);
         const U8 packed = load<U8>(pair + v * kBytes);
         U8 low = low_nibbles(packed), high = high_nibbles(packed);
         if constexpr (kGroups) low = scaled(low, scales[v]), high = scaled(high, scales[v]);

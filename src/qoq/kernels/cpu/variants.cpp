@@ -1,28 +1,37 @@
+#include <stdexcept>
+
 #include "kernels.h"
 
 namespace qoq {
 
-extern const Kernels kernels_portable, kernels_tiles;
-#ifdef QOQ_HAS_avx2
-extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_amx;
-#endif
+// Declared for every level; only those that were built (see CMakeLists.txt) are referred to.
+extern const Kernels kernels_portable, kernels_tiles, kernels_avx2, kernels_avxvnni,
+    kernels_avx512vnni, kernels_amx;
 
 const Kernels& kernels_of(Isa isa) {
   switch (isa) {
+    case Isa::portable:
+      return kernels_portable;
+    case Isa::tiles:
+      return kernels_tiles;
 #ifdef QOQ_HAS_avx2
     case Isa::avx2:
       return kernels_avx2;
+#endif
+#ifdef QOQ_HAS_avxvnni
     case Isa::avxvnni:
       return kernels_avxvnni;
+#endif
+#ifdef QOQ_HAS_avx512vnni
     case Isa::avx512vnni:
       return kernels_avx512vnni;
+#endif
+#ifdef QOQ_HAS_amx
     case Isa::amx:
       return kernels_amx;
 #endif
-    case Isa::tiles:
-      return kernels_tiles;
     default:
-      return kernels_portable;
+      throw std::logic_error("no kernels were built for this instruction set");
   }
 }
 
