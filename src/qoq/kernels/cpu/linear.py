@@ -1,6 +1,5 @@
 """C++ twin of linear: int8 rows times weights in tile order, equal to the oracle to the bit."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,24 +53,27 @@ class TiledWeight(PreparedWeight):
 def prepare(weight: PackedWeight) -> TiledWeight:
     """Canonical to tile order; takes about a nanosecond per byte."""
     kind, (n, k) = extension().Tiles, weight.shape
-    fp32, columns = torch.float32, {}
-    if isinstance(weight, Int8Weight):
-        make, columns = kind.from_int8, {"codes": (torch.int8, n, k), "scale": (fp32, n)}
-    elif isinstance(weight, ChannelWeight):
-        make, packed = kind.from_channels, (torch.uint8, n, k // 2)
-        columns = {"codes": packed, "scale": (fp32, n), "offset": (fp32, n)}
-    else:
-        group = weight.format.group_size
-        make, packed = functools.partial(kind.from_groups, group=group), (torch.uint8, n, k // 2)
-        columns = {
-            "codes": packed,
-            "channel_scale": (fp32, n),
-            "group_scale": (torch.uint8, n, k // group),
-            "group_offset": (torch.int8, n, k // group),
-        }
     parts = {name: t.contiguous() for name, t in weight.tensors().items()}
-    at = {name: address(parts[name], *wanted) for name, wanted in columns.items()}
-    tiles = make(n=n, k=k, **at)
+
+    def at(name: str, dtype: torch.dtype, columns: int | None = None) -> int:
+        return address(parts[name], dtype, *([n] if columns is None else [n, columns]))
+
+    if isinstance(weight, Int8Weight):
+        tiles = kind.from_int8(n, k, at("codes", torch.int8, k), at("scale", torch.float32))
+    elif isinstance(weight, ChannelWeight):
+        scale, offset = at("scale", torch.float32), at("offset", torch.float32)
+        tiles = kind.from_channels(n, k, at("codes", torch.uint8, k // 2), scale, offset)
+    else:
+        groups = weight.group_scale.shape[1]
+        tiles = kind.from_groups(
+            n,
+            k,
+            k // groups,
+            at("codes", torch.uint8, k // 2),
+            at("channel_scale", torch.float32),
+            at("group_scale", torch.uint8, groups),
+            at("group_offset", torch.int8, groups),
+        )
     return TiledWeight(tiles, (n, k), weight.format)
 
 
