@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.verbs import answer, refusal, run
+from qoq.bench import kernels as bench
 from qoq.bench.kernels import Row, decode_rows, linear_rows, row_rows
 from qoq.bench.random_weights import random_decoder
 from qoq.bench.roof import Roof, measure_roof
@@ -84,7 +85,10 @@ def test_batches_grow_until_no_more_is_gained() -> None:
     assert [r.batch for r in grow(lambda n: fake(n, n), 5)] == [1, 2, 4]
 
 
-def test_rows_are_measured_against_the_roof(small: ModelConfig) -> None:
+def test_rows_are_measured_against_the_roof(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "COLD_BYTES", 100_000)
     roof = Roof(int8_peak_ops=1e12, read_bandwidth=1e10)
     assert roof.seconds(2e12, 1) == 2
     assert roof.seconds(1, 5e10) == 5

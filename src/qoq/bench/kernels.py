@@ -1,5 +1,10 @@
-"""Each op at real shapes, timed against its roof: the least time its operations and bytes allow."""
+"""Each op at real shapes, timed against its roof: the least time its operations and bytes allow.
 
+What a model would read from memory must not lie in a cache here: weights and pages are measured in
+as many copies, in turn, as make COLD_BYTES, as a model's layers follow one another.
+"""
+
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qoq.bench.random_weights import random_linear
+from qoq.bench.random_weights import random_linears
 from qoq.bench.roof import Roof, timed
 from qoq.formats.activation import quantize_per_token
 from qoq.formats.kv import KVPages, page_bytes
@@ -19,6 +24,7 @@ from qoq.models.anatomy import INPUTS, layer_linears
 from qoq.models.config import ModelConfig
 
 PAGE_SIZE = 64
+COLD_BYTES = 256 << 20
 ENOUGH_SECONDS = 0.2  # of timed runs per case, within MIN_RUNS and MAX_RUNS
 MIN_RUNS, MAX_RUNS = 3, 50
 
@@ -47,10 +53,11 @@ def linear_rows(
     for tap, parts in INPUTS.items():
         specs = [spec for spec in layer_linears(config) if spec.name in parts]
         n, k = sum(spec.out_features for spec in specs), specs[0].in_features
-        weight, weight_bytes = random_linear(n, k, fmt)
+        weights, weight_bytes = random_linears(n, k, fmt, COLD_BYTES)
+        turn = itertools.cycle(weights)
         for m in rows:
             x = quantize_per_token(torch.randn(m, k))
-            seconds = _median(lambda x=x, weight=weight: linear(x, weight))
+            seconds = _median(lambda x=x, turn=turn: linear(x, next(turn)))
             least = roof.seconds(2 * m * n * k, weight_bytes + m * k)
             yield _row("linear", f"{tap} {n}x{k} {fmt}", m, seconds, least)
 
@@ -67,18 +74,22 @@ def decode_rows(
     for context in contexts:
         for batch in batches:
             each = -(-context // PAGE_SIZE)
-            pages = _random_pages(kv, batch * each, *shape)
+            size = batch * context * page_bytes(kv, *shape) / PAGE_SIZE
+            copies = int(-(-COLD_BYTES // size))
+            layers = itertools.cycle(
+                [_random_pages(kv, batch * each, *shape) for _ in range(copies)]
+            )
             table = torch.randperm(batch * each, dtype=torch.int32).reshape(batch, each)
             lens = torch.full((batch,), context, dtype=torch.int32)
             starts = torch.arange(batch + 1, dtype=torch.int32)
             q = torch.randn(batch, config.num_heads, config.head_dim)
-            arguments = (q, pages, table, lens, starts, config.sm_scale)
-            seconds = _median(lambda arguments=arguments: attention(*arguments))
-            least = roof.seconds(0, batch * context * page_bytes(kv, *shape) / PAGE_SIZE)
-            name = f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
-            yield _row(
-                "attention", f"{name}, context {context}, {_kv_name(kv)}", batch, seconds, least
+            tables = (table, lens, starts, config.sm_scale)
+            seconds = _median(
+                lambda q=q, layers=layers, tables=tables: attention(q, next(layers), *tables)
             )
+            heads = f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
+            name = f"{heads}, context {context}, {_kv_name(kv)}"
+            yield _row("attention", name, batch, seconds, roof.seconds(0, size))
 
 
 def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[Row]:

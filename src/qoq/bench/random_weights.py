@@ -33,17 +33,21 @@ def random_decoder(
     return build_decoder(config, scheme, get, backend=backend)
 
 
-def random_linear(
-    n: int, k: int, fmt: WeightFormat, *, backend: str = "auto", seed: int = 0
-) -> tuple[PackedWeight | PreparedWeight, int]:
-    """One packed weight [n, k], prepared for ``backend``, and its size in bytes."""
+def random_linears(
+    n: int, k: int, fmt: WeightFormat, least_bytes: int, *, backend: str = "auto", seed: int = 0
+) -> tuple[list[PackedWeight | PreparedWeight], int]:
+    """Copies of one packed weight [n, k], prepared for ``backend``, and the size of each in bytes.
+
+    As many as make ``least_bytes`` together, each in memory of its own.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name.rsplit(".", 1)[1]: _random(name, shape, dtype, generator)
         for name, (shape, dtype) in packed_linear_tensors("weight", n, k, fmt).items()
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return prepare(packed_type(fmt)(**tensors), backend), size
+    weight = packed_type(fmt)(**tensors)
+    return [prepare(weight, backend) for _ in range(-(-least_bytes // size))], size
 
 
 def _random(
