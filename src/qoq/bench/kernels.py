@@ -59,7 +59,7 @@ def linear_rows(
             x = quantize_per_token(torch.randn(m, k))
             seconds = _median(lambda x=x, turn=turn: linear(x, next(turn)))
             least = roof.seconds(2 * m * n * k, weight_bytes + m * k)
-            yield _row("linear", f"{tap} {n}x{k} {fmt}", m, seconds, least)
+            yield _row("linear", f"{tap} {n}x{k} {_weight_name(fmt)}", m, seconds, least)
 
 
 def decode_rows(
@@ -106,6 +106,10 @@ def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[R
 
 def _row(op: str, shape: str, m: int, seconds: float, least: float) -> Row:
     return Row(op, shape, m, seconds, least, least / seconds)
+
+
+def _weight_name(fmt: WeightFormat) -> str:
+    return f"w{fmt.bits}" + (f"-g{fmt.group_size}" if fmt.group_size else "")
 
 
 def _kv_name(kv: KVFormat) -> str:

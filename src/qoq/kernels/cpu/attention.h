@@ -18,6 +18,7 @@ namespace qoq {
 namespace {
 
 constexpr int64_t kSpanKeys = 2048;  // keys; work can be split between spans
+constexpr int64_t kFetch = 64;       // values asked for at a time: as many as can be on their way
 constexpr int64_t kQueryRows = 32;   // rows (tokens x heads of a group) that share an unpacking
 
 // scores of P query rows from `row` on, for keys t..t+4 vectors.
@@ -125,12 +126,16 @@ inline void in_pairs(int64_t rows, F&& body) {
 inline void attend_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
                            int64_t end, Work& w) {
   const int64_t rows = b.tokens * s.group, count = least(kSegment, end - start);
+  const int64_t next = start + kSegment, ahead = least(kSegment, end - next);
   find_segment(a, s, b, start, count, w);
   unpack_keys(a, s, count, w);
-  for (int64_t t = 0; t < count; t += 4 * kLanes)
+  for (int64_t t = 0; t < count; t += 4 * kLanes) {
+    fetch(a, b, a.k, s.k_bytes, next + t, least(4 * kLanes, ahead - t));
     in_pairs<kPairs>(rows, [&](int64_t row, auto p) { score_rows<p.value>(s, w, row, t); });
+  }
   const float middle = ((1 << a.v.bits) - 1) / 2.0f;
   for (int64_t r = 0; r < rows; ++r) {
+    fetch(a, b, a.v, s.v_bytes, next + r * kFetch, least(kFetch, ahead - r * kFetch));
     const int64_t own = b.position + r / s.group;
     const int64_t low = a.window ? own - a.window + 1 - start : 0;
     probabilities(w, r, low < 0 ? 0 : low, least(count, own + 1 - start), middle);

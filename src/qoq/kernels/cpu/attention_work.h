@@ -138,6 +138,31 @@ inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b,
   }
 }
 
+constexpr int kSecondLevel =
+    1;  // where fetched pages wait: the first level is full of this segment
+
+// Ask for a half's codes of keys start..start+count-1, to have them when their segment comes: pages lie
+// anywhere, so no prefetcher of the processor's own guesses them. (Inlined by force: the compiler takes
+// a function that only prefetches for one without effects, and drops its calls.)
+inline __attribute__((always_inline)) void fetch(const AttentionArgs& a, const Block& b,
+                                                 const PagesHalf& half, int64_t bytes,
+                                                 int64_t start, int64_t count) {
+  const int32_t* table = a.page_table + b.sequence * a.max_pages;
+  const char* codes = static_cast<const char*>(half.codes);
+  for (int64_t i = 0; i < count;) {
+    const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
+    const int64_t run = least(count - i, a.page_size - offset);
+    const int64_t slot = ((int64_t)table[page] * a.kv_heads + b.head) * a.page_size + offset;
+    for (int64_t at = 0; at < run * bytes; at += 64)
+      __builtin_prefetch(codes + slot * bytes + at, 0, kSecondLevel);
+    for (int64_t at = 0; at < run; at += 32) {
+      __builtin_prefetch(half.scale + slot + at, 0, kSecondLevel);
+      __builtin_prefetch(half.offset + slot + at, 0, kSecondLevel);
+    }
+    i += run;
+  }
+}
+
 inline void put_codes(uint8_t* quad, int64_t quad_stride, U8 codes, bool nibbles) {
   if (nibbles) {
     store(quad, low_nibbles(codes));
