@@ -78,7 +78,8 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float
   for (int64_t t = 0; t < kSegment; t += kLanes) {
     const F32 x = load<F32>(scores + t) * inverse + 0.5f;  // not negative: truncation rounds
     const S32 raw = __builtin_convertvector(x, S32);
-    const S32 code = raw > kMost ? splat(kMost) : raw;
+    // Below 0 only where a row has no numbers, and then its weight says so.
+    const S32 code = raw > kMost ? splat(kMost) : raw < 0 ? splat(0) : raw;
     const S32 upper = (code + 128) >> 8;
     codes += code;
     store(top_bytes + t, narrow(upper));
