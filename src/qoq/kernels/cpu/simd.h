@@ -154,8 +154,8 @@ inline S32 dot4(S32 sums, U8 w, const int8_t* x) {
   return (S32)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, _mm256_set1_epi32(four));
 #elif defined(__AVX2__)
   // Without VNNI byte products saturate at 16 bits, so even and odd bytes meet as 16-bit numbers.
-  const __m256i even = _mm256_set1_epi32(((int32_t)x[2] << 16) | (uint16_t)(int16_t)x[0]);
-  const __m256i odd = _mm256_set1_epi32(((int32_t)x[3] << 16) | (uint16_t)(int16_t)x[1]);
+  const __m256i even = _mm256_set1_epi32((x[2] * 65536) | (uint16_t)(int16_t)x[0]);
+  const __m256i odd = _mm256_set1_epi32((x[3] * 65536) | (uint16_t)(int16_t)x[1]);
   const __m256i low = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(0xff));
   const __m256i high = _mm256_srli_epi16((__m256i)w, 8);
   const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
