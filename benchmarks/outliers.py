@@ -22,7 +22,7 @@ import torch
 from helpers.outliers import Outliers, write_qwen2, write_twin
 from qoq.evaluate.perplexity import Reference, evaluate
 from qoq.evaluate.provenance import provenance
-from qoq.evaluate.render import fill
+from qoq.evaluate.render import fill, grid
 from qoq.evaluate.simulate import Calibrated, simulate
 from qoq.evaluate.texts import read_text, windows
 from qoq.models.load import load_model
@@ -165,13 +165,13 @@ def render(measured: dict[str, Any]) -> dict[str, str]:
     versus = [*heads, "ppl / base", "KL / base"]
     left_out = [f"KL without {name}" for name in PASSES]
     return {
-        "outliers-nearest": _table(
+        "outliers-nearest": grid(
             ["twin", "RTN", *(f"+ {name}" for name in PASSES)], [_nearest(row) for row in kinds]
         ),
-        "outliers-kinds": _table(
+        "outliers-kinds": grid(
             [*heads, *left_out], [_figures(row) + _without(row["results"]) for row in kinds]
         ),
-        "outliers-unseen": _table(
+        "outliers-unseen": grid(
             versus,
             [
                 _figures(row) + _versus(row["results"], rows[row["base"]]["results"])
@@ -235,11 +235,6 @@ def _without(results: dict[str, Any]) -> list[str]:
         bold = result and result["kl_mean"] > 2 * results["QoQ"]["kl_mean"]
         cells.append(f"**{text}**" if bold else text)
     return cells
-
-
-def _table(heads: list[str], lines: list[list[str]]) -> str:
-    parts = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(part)} |" for part in parts)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qoq.evaluate.render import fill
+from qoq.evaluate.render import fill, grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,11 +19,6 @@ PAGE = ROOT / "docs" / "performance.md"
 def read(kind: str) -> list[dict[str, Any]]:
     """All runs of a kind, in order of their files' names."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
-
-
-def table(heads: list[str], lines: list[list[str]]) -> str:
-    parts = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(part)} |" for part in parts)
 
 
 def kernels(op: str) -> str:
@@ -42,7 +37,7 @@ def kernels(op: str) -> str:
             f"{run['int8_peak_ops'] / 1e12:.2f} TOPS, reads {run['read_bandwidth'] / 1e9:.1f} GB/s"
         )
         head = "M" if op != "attention" else "batch"
-        parts.append(f"{title}\n\n" + table(["", *(f"{head} {m}" for m in sizes)], lines))
+        parts.append(f"{title}\n\n" + grid(["", *(f"{head} {m}" for m in sizes)], lines))
     return "\n\n".join(parts)
 
 
@@ -68,7 +63,7 @@ def throughput() -> str:
         for result in run["runs"]
     ]
     heads = ["shape", "scheme", "isa", "in / out", "batch", "prefill", "decode", "output", "total"]
-    return table(heads, lines)
+    return grid(heads, lines)
 
 
 def origins() -> str:

@@ -192,7 +192,8 @@ def test_a_choice_is_never_worse_than_doing_nothing(rotated: bool, tmp_path: Pat
     nothing = error(torch.ones_like(center))
     factor = smooth_attention(block, stats, QOQ.smooth_attention, 4, center)
     assert (error(factor) <= nothing * 1.0001).all()
-    assert factor.ne(1).any() or error(factor).equal(nothing)
+    if factor.ne(1).any():  # a random layer may leave nothing to gain
+        assert error(factor).sum() < nothing.sum()
 
 
 def test_doing_nothing_is_chosen_where_every_factor_hurts(tmp_path: Path) -> None:

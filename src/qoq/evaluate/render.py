@@ -39,9 +39,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of rows as a measurement's JSON holds them."""
     if not rows:
         return ""
-    titles = header(rows)
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *map(line, rows)]
-    return "\n".join(f"| {' | '.join(part)} |" for part in lines)
+    return grid(header(rows), [line(row) for row in rows])
+
+
+def grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table of cells, every column but the first aligned to the right."""
+    parts = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(part)} |" for part in parts)
 
 
 def sections(measured: Mapping[str, Any]) -> dict[str, str]:

@@ -199,11 +199,7 @@ struct Blocks {
     // Later rows see more keys: hand the long work out first.
     const int64_t part = (rows + tokens - 1) / tokens - 1 - i / a.kv_heads;
     const int64_t first = part * tokens;
-    return {s,
-            i % a.kv_heads,
-            first,
-            least(tokens, rows - first),
-            a.cu_seqlens_q[s] + first,
+    return {s, i % a.kv_heads, a.cu_seqlens_q[s] + first, least(tokens, rows - first),
             a.kv_lens[s] - rows + first};
   }
 };

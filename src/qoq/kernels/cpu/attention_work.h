@@ -15,9 +15,8 @@ constexpr int32_t kMost = 127 * 256 + 127;  // largest integer of two signed byt
 // The rows of one sequence and KV head that are worked on together.
 struct Block {
   int64_t sequence, head;  // KV head
-  int64_t first, tokens;   // query tokens, counted from the sequence's first row
-  int64_t row;             // row of q of the first of them
-  int64_t position;        // its position in the sequence
+  int64_t row, tokens;     // rows of q: the first of them, and how many tokens
+  int64_t position;        // the first token's position in the sequence
 };
 
 struct Shape {
@@ -138,8 +137,8 @@ inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b,
   }
 }
 
-constexpr int kSecondLevel =
-    1;  // where fetched pages wait: the first level is full of this segment
+// The cache where fetched pages wait; the first level is full of the segment being worked on.
+constexpr int kSecondLevel = 1;
 
 // Ask for a half's codes of keys start..start+count-1, to have them when their segment comes: pages lie
 // anywhere, so no prefetcher of the processor's own guesses them. (Inlined by force: the compiler takes
