@@ -2,6 +2,7 @@
 # make accuracy    measure every row of docs/accuracy.md and write it anew (hours)
 # make test    run the tests
 # make sanitize    run the C++ kernels' tests under the address and undefined-behaviour sanitizers
+# make emulate-amx    run the amx kernels' own machine code on a processor that has AVX-512 but no AMX
 # make lint    ruff, mypy, formats of Python and C++      make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
@@ -22,8 +23,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
+FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp)
 
-.PHONY: demo accuracy test sanitize lint format clean
+.PHONY: demo accuracy test sanitize emulate-amx lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -40,25 +42,39 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
+
+# The extension built apart from .venv's: $(call build_apart,folder,CMake option).
+define build_apart
+	$(BIN)/python -m pip install --quiet nanobind cmake ninja
+	$(BIN)/cmake -S . -B $(1) -G Ninja -D$(2)=ON -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build $(1)
+endef
 
 # The kernels' tests on a build that stops at bad memory accesses and undefined behaviour.
 SANITIZE := build/sanitize
 sanitize: $(STAMP)
-	$(BIN)/python -m pip install --quiet nanobind cmake ninja
-	$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja -DQOQ_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
-	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
-	$(BIN)/cmake --build $(SANITIZE)
+	$(call build_apart,$(SANITIZE),QOQ_SANITIZE)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 QOQ_NATIVE=$$(ls $(SANITIZE)/_C*.so) PYTHONPATH=tests \
 	    $(BIN)/python -m pytest -p helpers.native tests/kernels/cpu
 
+# The amx kernels' tests on a build where tests/amx/emulator.cpp carries out tile instructions, and
+# the emulator's own.
+EMULATE := build/emulate-amx
+emulate-amx: $(STAMP)
+	$(call build_apart,$(EMULATE),QOQ_EMULATE_AMX)
+	QOQ_TEST_AMX=only QOQ_ISA=amx QOQ_NATIVE=$$(ls $(EMULATE)/_C*.so) PYTHONPATH=tests \
+	    QOQ_AMX_EMULATOR=$(CURDIR)/$(EMULATE)/libamx_emulator.so \
+	    $(BIN)/python -m pytest -p helpers.native tests/amx tests/kernels/cpu
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,10 +10,13 @@ import torch
 from qoq.kernels.cpu import backend
 
 MISSING = backend.missing()
-# amx is tested where it is asked for, until a machine that has it has seen it pass.
 ISAS = [] if MISSING else [*backend.extension().usable_isas(), "tiles"]
-if not os.environ.get("QOQ_TEST_AMX"):
+# amx is tested where it is asked for, until a machine that has it has seen it pass.
+TEST_AMX = os.environ.get("QOQ_TEST_AMX")
+if not TEST_AMX:
     ISAS = [isa for isa in ISAS if isa != "amx"]
+elif TEST_AMX == "only":  # make emulate-amx
+    ISAS = ["amx"]
 
 
 @pytest.fixture(
