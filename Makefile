@@ -69,7 +69,7 @@ emulate-amx: $(STAMP)
 	$(call build_apart,$(EMULATE),QOQ_EMULATE_AMX)
 	QOQ_TEST_AMX=only QOQ_ISA=amx QOQ_NATIVE=$$(ls $(EMULATE)/_C*.so) PYTHONPATH=tests \
 	    QOQ_AMX_EMULATOR=$(CURDIR)/$(EMULATE)/libamx_emulator.so \
-	    $(BIN)/python -m pytest -p helpers.native tests/amx tests/kernels/cpu
+	    $(BIN)/python -m pytest --capture=sys -p helpers.native tests/amx tests/kernels/cpu
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

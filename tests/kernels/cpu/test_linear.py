@@ -17,11 +17,12 @@ from qoq.kernels.linear import prepare as prepare_for
 
 pytestmark = pytest.mark.usefixtures("variant")
 
-# Rows around every switch (direct up to 4, blocks of 6 or 2, blocks of 384), tiles of 64 channels,
-# chunks of 2048 input channels.
+# Rows around every switch (direct up to 4, blocks of 6 or 2, blocks of 384; with tile registers
+# blocks of 32, at most 16 together), tiles of 64 channels, chunks of 2048 input channels (or 512).
 SIZES = [
     *[(1, 128, 1), (2, 256, 63), (3, 2176, 64), (4, 4224, 65), (5, 128, 200), (6, 2048, 64)],
     *[(7, 384, 31), (8, 2176, 130), (17, 4224, 65), (385, 256, 64), (800, 128, 70)],
+    (70, 1152, 65),
 ]
 
 
@@ -49,7 +50,19 @@ def test_any_size(m: int, n: int, blocks: int, kind: str) -> None:
     assert torch.equal(linear(x, prepare(weight)), linear_oracle(x, weight))
 
 
-@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 67])
+def test_every_number_of_rows(kind: str, n: int) -> None:
+    """Which loops multiply depends on the rows: a few, from 12 on tile registers, blocks of 32."""
+    k = 17 * (int(kind.removeprefix("group")) if "group" in kind else 32)
+    weight, bias = random_weight(kind, n, k), torch.randn(n)
+    prepared = prepare(weight)
+    for m in (*range(1, 18), 31, 32, 33, 47, 49, 64, 65):
+        x = random_rows(m, k)
+        assert torch.equal(linear(x, prepared, bias), linear_oracle(x, weight, bias)), m
+
+
+@pytest.mark.parametrize("m", [1, 9, 33])
 @pytest.mark.parametrize("sign", [-127, 127])
 def test_largest_sums(m: int, sign: int) -> None:
     k, n = 16384, 64
