@@ -13,7 +13,7 @@ TILE_CODE = re.compile(
 )
 WIDTHS = {"movb": 1, "movw": 2, "movl": 4, "movq": 8, "vmovd": 4, "vmovq": 8}
 REGISTER_WIDTHS = {"z": 64, "y": 32, "x": 16, "r": 8, "e": 4}
-STORE = re.compile(r"^(v?mov\w+)\s+([%$]\w+),(-?(?:0x)?[0-9a-f]*)\((%\w+)\)$")
+STORE = re.compile(r"^(v?mov\w*)\s+([%$]\w+),(-?(?:0x)?[0-9a-f]*)\((%\w+)\)$")
 LOADCONFIG = re.compile(r"^ldtilecfg (-?(?:0x)?[0-9a-f]*)\((%\w+)\)$")
 
 pytestmark = pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
