@@ -4,7 +4,7 @@
 // (one scale per row), so do the probabilities of a row over a segment of keys (one scale per
 // segment); each 16-bit number is two signed bytes, which dot4 multiplies with codes as they are.
 // Scales and offsets of keys and values touch scores and probabilities only, never elements:
-//     score = sm * (q . c * k_scale + sum(q) * k_offset)
+//     score = sm * (q . c * k_scale + sum(q) * k_offset), in powers of two instead of e
 //     out   = sum over tokens of (p * v_scale) c  +  sum of p * v_offset
 // Keys are taken in segments of 256 that start at multiples of 256, segments are folded in order
 // within spans of 2048, and spans in order after that. So a row's result depends on its own
@@ -18,7 +18,7 @@ namespace qoq {
 namespace {
 
 constexpr int64_t kSpanKeys = 2048;  // keys; work can be split between spans
-constexpr int64_t kFetch = 64;       // values asked for at a time: as many as can be on their way
+constexpr int64_t kFetch = 16;       // cache lines asked for between two products
 constexpr int64_t kQueryRows = 32;   // rows (tokens x heads of a group) that share an unpacking
 
 // scores of P query rows from `row` on, for keys t..t+4 vectors.
@@ -37,11 +37,13 @@ inline void score_rows(const Shape& s, const Work& w, int64_t row, int64_t t) {
   }
 }
 
-// Scores of one row to bytes of its probabilities times v_scale; keys low..high-1 are visible.
+// Scores of one row to bytes of its probabilities times v_scale, for `count` keys of which low..high-1
+// are visible.
 //
 // What rounding takes from a row in all is given back at the `middle` code, not at code 0: many
 // probabilities too small to count would else pull values towards their minimum.
-inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float middle) {
+inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, int64_t count,
+                          float middle) {
   float* scores = w.scores + row * kSegment;
   int8_t *top_bytes = w.p_bytes + row * 2 * kSegment, *low_bytes = top_bytes + kSegment;
   w.segment_top[row] = kNone;
@@ -49,47 +51,36 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, float
     std::memset(top_bytes, 0, 2 * kSegment);
     return;
   }
+  const int64_t end = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t t = 0; t < low; ++t) scores[t] = kNone;
-  for (int64_t t = high; t < kSegment; ++t) scores[t] = kNone;
-  F32 most = load<F32>(scores);
-  for (int64_t t = kLanes; t < kSegment; t += kLanes) {
-    const F32 x = load<F32>(scores + t);
-    most = x > most ? x : most;
+  for (int64_t t = high; t < end; ++t) scores[t] = kNone;
+  F32 most = splat(kNone), wide{};
+  for (int64_t t = 0; t < end; t += kLanes) {
+    const F32 score = load<F32>(scores + t);
+    most = larger(most, score);
+    wide = larger(wide, score > kNone ? load<F32>(w.v_scale + t) : F32{});
   }
-  float top = most[0];
-  for (int i = 1; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
-  F32 weight{}, base{}, largest{}, exact{};
-  for (int64_t t = 0; t < kSegment; t += kLanes) {
-    const F32 p = exp_of(load<F32>(scores + t) - top);
-    const F32 scaled = p * load<F32>(w.v_scale + t);
-    weight += p;
-    base += p * load<F32>(w.v_offset + t);
-    exact += scaled;
-    largest = scaled > largest ? scaled : largest;
-    store(scores + t, scaled);
-  }
-  float weights = 0, bases = 0, exacts = 0, wide = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    weights += weight[i], bases += base[i], exacts += exact[i];
-    wide = largest[i] > wide ? largest[i] : wide;
-  }
-  const float scale = wide > 1e-30f ? wide / kMost : 1.0f, inverse = 1 / scale;
+  const float top = largest_of(most), width = largest_of(wide);
+  // No probability exceeds 1, so this scale leaves every product within two bytes.
+  const float scale = width > 1e-30f ? width / kMost : 1.0f, inverse = 1 / scale;
+  F32 weight{}, base{}, exact{};
   S32 codes{};
-  for (int64_t t = 0; t < kSegment; t += kLanes) {
-    const F32 x = load<F32>(scores + t) * inverse + 0.5f;  // not negative: truncation rounds
-    const S32 raw = __builtin_convertvector(x, S32);
-    // Below 0 only where a row has no numbers, and then its weight says so.
-    const S32 code = raw > kMost ? splat(kMost) : raw < 0 ? splat(0) : raw;
-    const S32 upper = (code + 128) >> 8;
+  for (int64_t t = 0; t < end; t += kLanes) {
+    const F32 p = two_to(load<F32>(scores + t) - top);
+    const F32 scaled = p * (load<F32>(w.v_scale + t) * inverse);
+    weight += p;
+    base = add_product(base, p, load<F32>(w.v_offset + t));
+    exact += scaled;
+    const S32 code = round_to_int(scaled);
     codes += code;
-    store(top_bytes + t, narrow(upper));
-    store(low_bytes + t, narrow(code - upper * 256));
+    store(top_bytes + t, narrow((code + 128) >> 8));
+    store(low_bytes + t, narrow(code));  // as a signed byte: code - 256 * its top byte
   }
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += codes[i];
+  const float weights = sum_of(weight), bases = sum_of(base);
   w.segment_top[row] = weights == weights ? top : weights;  // NaN stays
   w.segment_weight[row] = weights;
-  w.p_base[row] = bases + (exacts - (float)sum * scale) * middle, w.p_scale[row] = scale;
+  w.p_base[row] = bases + (sum_of(exact) - (float)sum_of(codes)) * scale * middle;
+  w.p_scale[row] = scale;
 }
 
 // sums of P rows over `quads` quads of tokens, for V vectors of lanes.
@@ -124,26 +115,28 @@ inline void in_pairs(int64_t rows, F&& body) {
   }
 }
 
+// A block's rows over the segment at w.places[here]; `ahead` brings the next one.
 inline void attend_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
-                           int64_t end, Work& w) {
-  const int64_t rows = b.tokens * s.group, count = least(kSegment, end - start);
-  const int64_t next = start + kSegment, ahead = least(kSegment, end - next);
-  find_segment(a, s, b, start, count, w);
-  unpack_keys(a, s, count, w);
-  for (int64_t t = 0; t < count; t += 4 * kLanes) {
-    fetch(a, b, a.k, s.k_bytes, next + t, least(4 * kLanes, ahead - t));
-    in_pairs<kPairs>(rows, [&](int64_t row, auto p) { score_rows<p.value>(s, w, row, t); });
-  }
+                           const Places& places, Ahead& ahead, Work& w) {
+  const int64_t rows = b.tokens * s.group, count = places.end;
+  open_segment(a, s, places, w);
+  unpack_keys(a, s, count, w, ahead);
+  for (int64_t t = 0; t < count; t += 4 * kLanes)
+    in_pairs<kPairs>(rows, [&](int64_t row, auto p) {
+      ahead.lines(kFetch);
+      score_rows<p.value>(s, w, row, t);
+    });
   const float middle = ((1 << a.v.bits) - 1) / 2.0f;
   for (int64_t r = 0; r < rows; ++r) {
-    fetch(a, b, a.v, s.v_bytes, next + r * kFetch, least(kFetch, ahead - r * kFetch));
+    ahead.lines(kFetch);
     const int64_t own = b.position + r / s.group;
     const int64_t low = a.window ? own - a.window + 1 - start : 0;
-    probabilities(w, r, low < 0 ? 0 : low, least(count, own + 1 - start), middle);
+    probabilities(w, r, low < 0 ? 0 : low, least(count, own + 1 - start), count, middle);
   }
-  unpack_values(a, s, count, w);
+  unpack_values(a, s, count, w, ahead);
   const int64_t quads = (count + 3) / 4;
   in_pairs<kPairs>(rows, [&](int64_t row, auto p) {
+    ahead.lines(kFetch);
     int64_t lane = 0;
     for (; lane + 4 * kLanes <= s.lanes; lane += 4 * kLanes)
       mix_rows<p.value, 4>(s, w, row, lane, quads);
@@ -161,7 +154,16 @@ inline void attend_span(const AttentionArgs& a, const Shape& s, const Block& b, 
   const int64_t end = least(b.position + b.tokens, (span + 1) * kSpanKeys);
   int64_t start = first_key(a, b) / kSegment * kSegment;
   if (start < span * kSpanKeys) start = span * kSpanKeys;
-  for (; start < end; start += kSegment) attend_segment(a, s, b, start, end, w);
+  const auto find = [&](int64_t from) {
+    Places& out = w.places[from / kSegment % 2];
+    locate(a, b, from, least(kSegment, end - from), out);
+    return &out;
+  };
+  for (const Places *here = find(start), *next; start < end; start += kSegment, here = next) {
+    next = find(start + kSegment);
+    Ahead ahead(a, s, *next);
+    attend_segment(a, s, b, start, *here, ahead, w);
+  }
 }
 
 // Divide and put dims back in order.
@@ -169,11 +171,15 @@ inline void write_rows(const AttentionArgs& a, const Shape& s, const Block& b, c
   for (int64_t r = 0; r < b.tokens * s.group; ++r) {
     const int64_t token = b.row + r / s.group, head = b.head * s.group + r % s.group;
     float* out = a.out + (token * a.heads + head) * s.dim;
-    const float* sums = p.sums + r * s.lanes;
-    for (int64_t d = 0; d < s.dim; ++d) {
-      const int64_t byte = d / 2;
-      const int64_t lane = a.v.bits == 4 ? (byte / kLanes * 2 + d % 2) * kLanes + byte % kLanes : d;
-      out[d] = sums[lane] / p.weight[r];
+    const float *sums = p.sums + r * s.lanes, inverse = 1 / p.weight[r];
+    if (a.v.bits == 4) {  // a vector of even dims, then one of the odd ones beside them
+      for (int64_t d = 0; d < s.dim; d += 2 * kLanes, sums += 2 * kLanes)
+        for (int64_t i = 0; i < least(kLanes, (s.dim - d) / 2); ++i) {
+          out[d + 2 * i] = sums[i] * inverse;
+          out[d + 2 * i + 1] = sums[kLanes + i] * inverse;
+        }
+    } else {
+      for (int64_t d = 0; d < s.dim; ++d) out[d] = sums[d] * inverse;
     }
   }
 }

@@ -10,8 +10,8 @@ constexpr float kNone = -__builtin_inff();  // the top of a row that has seen no
 
 // Folded attention of a row over some keys: out = sums / weight once all are folded in.
 struct Partial {
-  float* top;     // [rows] largest score so far
-  float* weight;  // [rows] sum of exp(score - top)
+  float* top;     // [rows] largest score so far, in powers of two
+  float* weight;  // [rows] sum of 2^(score - top)
   float* sums;    // [rows][lanes]
 };
 
@@ -24,7 +24,7 @@ inline void clear(const Partial& p, int64_t rows, int64_t lanes) {
   std::memset(p.sums, 0, rows * lanes * sizeof(float));
 }
 
-inline float exp_one(float x) { return exp_of(splat(x))[0]; }
+inline float two_to_one(float x) { return two_to(splat(x))[0]; }
 
 // total = total folded with one more row of results; a row that saw no key (top -inf) adds nothing.
 inline void fold(float& top, float& weight, float* sums, float more_top, float more_weight,
@@ -36,7 +36,7 @@ inline void fold(float& top, float& weight, float* sums, float more_top, float m
     return;
   }
   const float high = top > more_top ? top : more_top;
-  const float keep = exp_one(top - high), add = exp_one(more_top - high);
+  const float keep = two_to_one(top - high), add = two_to_one(more_top - high);
   top = high;
   weight = weight * keep + more_weight * add;
   for (int64_t i = 0; i < lanes; i += kLanes)

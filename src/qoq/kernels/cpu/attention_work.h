@@ -31,8 +31,21 @@ struct Shape {
   int64_t partial_floats(int64_t rows) const { return rows * (lanes + 2); }
 };
 
+// Keys that lie side by side in one page: `count` of them, `key` the first one's place in its segment.
+struct Run {
+  int64_t key, slot, count;
+};
+
+// Where the keys of a segment lie, first..end of them; what no row of the block sees (before its
+// window, after its last token) is not among them: its pages may be gone.
+struct Places {
+  int64_t first, end, runs;
+  Run run[kSegment];
+};
+
 // Everything a thread needs for one block, cut out of its scratch memory.
 struct Work {
+  Places places[2];                                    // of this segment and of the next
   const uint8_t *k_rows[kSegment], *v_rows[kSegment];  // codes of each token of the segment
   float k_scale[kSegment], k_offset[kSegment], v_scale[kSegment], v_offset[kSegment];
   float *q_scale, *q_sum;   // [rows]
@@ -75,31 +88,40 @@ struct Work {
   }
 };
 
-// Query rows to pairs of bytes. Row r = token * group + head of the group.
+constexpr float kLog2E = 1.44269504f;
+
+// Query rows, times the softmax scale, to pairs of bytes. Row r = token * group + head of the group.
 inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b, Work& w) {
+  const float factor = a.sm_scale * kLog2E;
   for (int64_t r = 0; r < b.tokens * s.group; ++r) {
     const int64_t token = b.row + r / s.group, head = b.head * s.group + r % s.group;
     const float* q = a.q + (token * a.heads + head) * s.dim;
-    float top = 0;
-    for (int64_t d = 0; d < s.dim; ++d) {
-      const float size = __builtin_fabsf(q[d] * a.sm_scale);
-      top = size > top || size != size ? size : top;
-    }
-    const float scale = top / kMost > 0 ? top / kMost : 1.0f;
-    int8_t *high = w.q_bytes + r * 2 * s.dim, *low = high + s.dim;
-    int32_t sum = 0;
-    for (int64_t d = 0; d < s.dim; ++d) {
-      // In 4-bit codes a quad holds dims 8j, 8j+2, 8j+4, 8j+6, the next one the odd ones.
-      const int64_t at = a.k.bits == 4 ? d / 8 * 8 + d % 2 * 4 + d % 8 / 2 : d;
-      const float x = top < __builtin_inff() ? __builtin_rintf(q[d] * a.sm_scale / scale) : 0.0f;
-      const int32_t code = x > kMost ? kMost : x < -kMost ? -kMost : (int32_t)x;
-      high[at] = (int8_t)((code + 128) >> 8);
-      low[at] = (int8_t)(code - high[at] * 256);
-      sum += code;
-    }
-    // Rows that hold Inf or NaN give NaN, as they would in floats.
-    w.q_scale[r] = top < __builtin_inff() ? scale : __builtin_nanf("");
-    w.q_sum[r] = (float)sum * w.q_scale[r];
+    F32 most{}, none{};  // none: 0, or NaN where a row holds Inf or NaN
+    each_vector(s.dim, [&](int64_t i, int64_t n) {
+      const F32 x = load_first<F32>(q + i, n) * factor;
+      most = larger(most, x < 0.0f ? -x : x);
+      none += x - x;
+    });
+    const float top = largest_of(most), scale = top > 1e-30f ? top / kMost : 1.0f;
+    const float times = factor / scale;
+    uint8_t bytes[2][kLanes];
+    int8_t* codes = w.q_bytes + r * 2 * s.dim;
+    S32 sums{};
+    each_vector(s.dim, [&](int64_t i, int64_t n) {
+      const S32 code = round_to_int(load_first<F32>(q + i, n) * times);
+      sums += code;
+      store(bytes[0], narrow((code + 128) >> 8));
+      store(bytes[1], narrow(code));  // as a signed byte: code - 256 * its high byte
+      for (int digit = 0; digit < 2; ++digit)
+        for (int64_t j = 0; j < n; ++j) {
+          // In 4-bit codes a quad holds dims 8j, 8j+2, 8j+4, 8j+6, the next one the odd ones.
+          const int64_t d = i + j;
+          const int64_t at = a.k.bits == 4 ? d / 8 * 8 + d % 2 * 4 + d % 8 / 2 : d;
+          codes[digit * s.dim + at] = (int8_t)bytes[digit][j];
+        }
+    });
+    w.q_scale[r] = scale + sum_of(none);
+    w.q_sum[r] = (float)sum_of(sums) * w.q_scale[r];
   }
 }
 
@@ -108,59 +130,90 @@ inline int64_t first_key(const AttentionArgs& a, const Block& b) {
   return low < 0 ? 0 : low;
 }
 
-// Where the codes, scales and offsets of the segment's keys lie. Keys that no row of the block sees
-// (before its window, after its last token) are not looked at: their pages may be gone.
-inline void find_segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
-                         int64_t count, Work& w) {
+// Look up keys start..start+count-1 in the page table.
+inline void locate(const AttentionArgs& a, const Block& b, int64_t start, int64_t count,
+                   Places& out) {
   const int32_t* table = a.page_table + b.sequence * a.max_pages;
+  const int64_t before = first_key(a, b) - start;
+  out.first = before > 0 ? before : 0, out.end = count, out.runs = 0;
+  for (int64_t i = out.first; i < count;) {
+    const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
+    const int64_t run = least(count - i, a.page_size - offset);
+    const int64_t slot = ((int64_t)table[page] * a.kv_heads + b.head) * a.page_size + offset;
+    out.run[out.runs++] = {i, slot, run};
+    i += run;
+  }
+}
+
+// Scales and offsets of a segment's keys, and where the codes of each lie.
+inline void open_segment(const AttentionArgs& a, const Shape& s, const Places& places, Work& w) {
   const uint8_t* k_codes = static_cast<const uint8_t*>(a.k.codes);
   const uint8_t* v_codes = static_cast<const uint8_t*>(a.v.codes);
-  const int64_t before = first_key(a, b) - start, first = before > 0 ? before : 0;
-  for (int64_t i = first; i < count;) {
-    const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
-    const int64_t run = least(count - i, a.page_size - offset);
-    const int64_t slot = ((int64_t)table[page] * a.kv_heads + b.head) * a.page_size + offset;
-    widen(a.k.scale + slot, run, w.k_scale + i);
-    widen(a.k.offset + slot, run, w.k_offset + i);
-    widen(a.v.scale + slot, run, w.v_scale + i);
-    widen(a.v.offset + slot, run, w.v_offset + i);
-    for (int64_t j = 0; j < run; ++j) {
-      w.k_rows[i + j] = k_codes + (slot + j) * s.k_bytes;
-      w.v_rows[i + j] = v_codes + (slot + j) * s.v_bytes;
+  for (int64_t i = 0; i < places.runs; ++i) {
+    const Run& run = places.run[i];
+    widen(a.k.scale + run.slot, run.count, w.k_scale + run.key);
+    widen(a.k.offset + run.slot, run.count, w.k_offset + run.key);
+    widen(a.v.scale + run.slot, run.count, w.v_scale + run.key);
+    widen(a.v.offset + run.slot, run.count, w.v_offset + run.key);
+    for (int64_t j = 0; j < run.count; ++j) {
+      w.k_rows[run.key + j] = k_codes + (run.slot + j) * s.k_bytes;
+      w.v_rows[run.key + j] = v_codes + (run.slot + j) * s.v_bytes;
     }
-    i += run;
   }
-  for (int64_t i = 0; i < kSegment; ++i) {
-    if (i >= first && i < count) continue;
-    w.k_rows[i] = w.k_rows[first], w.v_rows[i] = w.v_rows[first];
+  const auto hide = [&](int64_t i) {
+    w.k_rows[i] = w.k_rows[places.first], w.v_rows[i] = w.v_rows[places.first];
     w.k_scale[i] = w.k_offset[i] = w.v_scale[i] = w.v_offset[i] = 0;
-  }
+  };
+  for (int64_t i = 0; i < places.first; ++i) hide(i);
+  for (int64_t i = places.end; i < kSegment; ++i) hide(i);
 }
 
-// The cache where fetched pages wait; the first level is full of the segment being worked on.
-constexpr int kSecondLevel = 1;
+// Asks for the next segment's memory, a few cache lines at a time, while this one is worked on: pages
+// lie anywhere, so no prefetcher of the processor's own guesses them, and only so many lines can be on
+// their way at once.
+class Ahead {
+ public:
+  Ahead(const AttentionArgs& a, const Shape& s, const Places& places) : places_(places) {
+    const auto range = [&](const void* start, int64_t bytes) {
+      ranges_[count_++] = {static_cast<const char*>(start), bytes};
+    };
+    range(a.k.codes, s.k_bytes), range(a.k.scale, 2), range(a.k.offset, 2);
+    range(a.v.codes, s.v_bytes), range(a.v.scale, 2), range(a.v.offset, 2);
+  }
 
-// Ask for a half's codes of keys start..start+count-1, to have them when their segment comes: pages lie
-// anywhere, so no prefetcher of the processor's own guesses them. (Inlined by force: the compiler takes
-// a function that only prefetches for one without effects, and drops its calls.)
-inline __attribute__((always_inline)) void fetch(const AttentionArgs& a, const Block& b,
-                                                 const PagesHalf& half, int64_t bytes,
-                                                 int64_t start, int64_t count) {
-  const int32_t* table = a.page_table + b.sequence * a.max_pages;
-  const char* codes = static_cast<const char*>(half.codes);
-  for (int64_t i = 0; i < count;) {
-    const int64_t page = (start + i) / a.page_size, offset = (start + i) % a.page_size;
-    const int64_t run = least(count - i, a.page_size - offset);
-    const int64_t slot = ((int64_t)table[page] * a.kv_heads + b.head) * a.page_size + offset;
-    for (int64_t at = 0; at < run * bytes; at += 64)
-      __builtin_prefetch(codes + slot * bytes + at, 0, kSecondLevel);
-    for (int64_t at = 0; at < run; at += 32) {
-      __builtin_prefetch(half.scale + slot + at, 0, kSecondLevel);
-      __builtin_prefetch(half.offset + slot + at, 0, kSecondLevel);
+  // (Inlined by force: the compiler takes a function that only prefetches for one without effects,
+  // and drops its calls.)
+  inline __attribute__((always_inline)) void lines(int64_t count) {
+    while (count > 0) {
+      if (at_ >= end_ && !next_range()) return;
+      const int64_t left = (end_ - at_ + kLine - 1) / kLine;
+      const char* until = at_ + least(count, left) * kLine;
+      count -= left;
+      for (; at_ < until; at_ += kLine) __builtin_prefetch(at_, 0, kSecondLevel);
     }
-    i += run;
   }
-}
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static constexpr int kSecondLevel = 1;  // the first level is full of the segment worked on
+  struct Range {
+    const char* start;
+    int64_t bytes;  // per key
+  };
+  bool next_range() {
+    if (run_ == places_.runs) return false;
+    const Run& run = places_.run[run_];
+    at_ = ranges_[range_].start + run.slot * ranges_[range_].bytes;
+    end_ = at_ + run.count * ranges_[range_].bytes;
+    if (++range_ == count_) range_ = 0, ++run_;
+    return true;
+  }
+  const Places& places_;
+  Range ranges_[6];
+  int count_ = 0, range_ = 0;
+  int64_t run_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
 
 inline void put_codes(uint8_t* quad, int64_t quad_stride, U8 codes, bool nibbles) {
   if (nibbles) {
@@ -171,11 +224,13 @@ inline void put_codes(uint8_t* quad, int64_t quad_stride, U8 codes, bool nibbles
   }
 }
 
-inline void unpack_keys(const AttentionArgs& a, const Shape& s, int64_t count, Work& w) {
+inline void unpack_keys(const AttentionArgs& a, const Shape& s, int64_t count, Work& w,
+                        Ahead& ahead) {
   const bool nibbles = a.k.bits == 4;
   const int64_t words = s.k_bytes / 4, stride = kSegment * 4, per_word = nibbles ? 2 : 1;
   uint8_t tail[kLanes][32];
   for (int64_t t = 0; t < count; t += kLanes) {
+    ahead.lines(kLanes * s.k_bytes / 64);
     for (int64_t word = 0; word < words; word += 8) {
       const uint8_t* const* rows = w.k_rows + t;
       const uint8_t* copies[kLanes];
@@ -195,7 +250,8 @@ inline void unpack_keys(const AttentionArgs& a, const Shape& s, int64_t count, W
   }
 }
 
-inline void unpack_values(const AttentionArgs& a, const Shape& s, int64_t count, Work& w) {
+inline void unpack_values(const AttentionArgs& a, const Shape& s, int64_t count, Work& w,
+                          Ahead& ahead) {
   const bool nibbles = a.v.bits == 4;
   const int64_t per_piece = nibbles ? 2 : 1;
   uint8_t tail[4][kLanes] = {};

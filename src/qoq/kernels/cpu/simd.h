@@ -143,6 +143,28 @@ inline F64 add_product(F64 sums, F64 a, F64 b) {
 #endif
 }
 
+// Likewise for floats.
+inline F32 add_product(F32 sums, F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums);
+#elif defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
+#else
+  return sums + a * b;
+#endif
+}
+
+// The larger of each lane; `first` where either is no number.
+inline F32 larger(F32 first, F32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_max_ps((__m512)x, (__m512)first);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)x, (__m256)first);
+#else
+  return x > first ? x : first;
+#endif
+}
+
 // sums += w[4i..4i+3] . x[0..3] in every lane i; w unsigned bytes, x four signed bytes at `x`.
 // Exact: no intermediate saturates.
 inline S32 dot4(S32 sums, U8 w, const int8_t* x) {

@@ -1,7 +1,7 @@
 // Functions of float vectors that no instruction computes.
 //
-// No fused multiply-adds and no tables: an element's result is the same on every instruction set
-// and in every lane.
+// No fused multiply-adds (but in two_to) and no tables: an element's result is the same on every
+// instruction set and in every lane.
 #pragma once
 
 #include "simd.h"
@@ -39,13 +39,46 @@ inline F32 exp_of(F32 x) {
   return p * power_of_two(half) * power_of_two(whole - half);
 }
 
+// 2^x within 3e-6 of itself, for x <= 0; 0 below -100; NaN -> NaN. For softmax, whose results become
+// 15-bit numbers: a third of the work of exp_of. (Fused where the processor can: the last bits differ
+// between instruction sets.)
+inline F32 two_to(F32 x) {
+  const F32 shifted = x + kRoundMagic;
+  const F32 r = x - (shifted - kRoundMagic);
+  F32 p = add_product(splat(0.05591784f), r, splat(0.00957008f));
+  p = add_product(splat(0.24024745f), r, p);
+  p = add_product(splat(0.69312182f), r, p);
+  p = add_product(splat(0.99999926f), r, p);
+  // The whole part, in the low bits of `shifted`, goes straight to the exponent.
+  p = (F32)((S32)p + ((S32)shifted << 23));
+  return x < -100.0f ? F32{} : p;
+}
+
 // x / (1 + e^-x)
 inline F32 silu_of(F32 x) { return x / (exp_of(-x) + 1.0f); }
 
+// Of all lanes; integers wrap.
 inline int32_t sum_of(S32 x) {
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += (uint32_t)x[i];
+  return (int32_t)sum;
+}
+
+inline float sum_of(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+inline float largest_of(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  return lanes[0];
 }
 
 }  // namespace
