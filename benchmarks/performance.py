@@ -91,10 +91,10 @@ def peers() -> str:
                     *("" if is_own else f"{ratio:.2f}x" for ratio in ratios.values()),
                 ]
             )
-        rounds = sorted({row["rounds"] for row in run["medians"]})
+        rounds = min(row["rounds"] for row in run["medians"])
         title = (
             f"{run['shape']}, {run['prompt_len']} in / {run['output_len']} out, {run['isa']}, "
-            f"{run['threads']} threads; medians of {' to '.join(map(str, rounds))} rounds"
+            f"{run['threads']} threads; medians of {rounds} round(s) or more"
         )
         heads = ["", "batch", *SPEEDS, *(f"ours / theirs: {name}" for name in SPEEDS)]
         end = f"Where we lose: {'; '.join(behind)}." if behind else "We lose nowhere here."

@@ -166,6 +166,8 @@ def known(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     for key in ("code", "hardware"):
         if saved[key] != here[key]:
             sys.exit(f"{path} was measured with another {key}; remove it to start afresh.")
+    if here["code"] is None:
+        print("qoq's sources are not committed: nothing shows that they stay the same.")
     for key in ("scheme", "threads"):
         if saved[key] != getattr(args, key):
             sys.exit(f"{path} was measured with {key} {saved[key]}; give the same to go on.")

@@ -11,6 +11,7 @@ them, a GGUF and an OpenVINO model.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -46,6 +47,7 @@ EVERYWHERE = [
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
 ]
 # With GGML_NATIVE off, AVX2, FMA and F16C are on and everything newer is off.
 BUILDS = {
@@ -94,7 +96,8 @@ def build_llamacpp(folder: Path, python: Path) -> None:
     tree = next(source.glob("*/vendor/llama.cpp"))
     for name, flags in BUILDS.items():
         run("cmake", "-S", tree, "-B", home / name, *EVERYWHERE, *flags)
-        run("cmake", "--build", home / name, "--parallel", "--target", "llama-batched-bench")
+        build = ("--build", home / name, "--parallel", str(os.cpu_count()))
+        run("cmake", *build, "--target", "llama-batched-bench")
 
 
 def write_weights(shape: str, folder: Path) -> None:

@@ -26,7 +26,8 @@ class Int4Linear:
         return cls(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2), scales)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scales)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scales)
+        return y
 
 
 class Layer:
