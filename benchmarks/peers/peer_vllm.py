@@ -28,7 +28,7 @@ def settings(job: Job) -> dict[str, str]:
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(need // (1 << 30) + 1),
-        "VLLM_CPU_OMP_THREADS_BIND": cores,  # by itself it leaves a core unused
+        "VLLM_CPU_OMP_THREADS_BIND": cores,  # all of them: none kept back for a server
         "OMP_NUM_THREADS": str(job.threads),
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
