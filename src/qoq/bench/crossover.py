@@ -1,7 +1,7 @@
 """One linear at growing numbers of rows, ours against torch's bf16 and int8 products.
 
-Few rows are bound by reading weights (4 bits beat 8 and 16), many by products (int8 beats bf16): the
-question is whether there is a number of rows in between where a plain library product wins.
+Few rows are bound by reading weights (4 bits beat 8 and 16), many by products (int8 beats bf16): is
+there a number of rows in between where a plain library product wins?
 """
 
 import itertools
