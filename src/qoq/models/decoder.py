@@ -130,10 +130,9 @@ class DecoderLayer:
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (Hq + 2 Hkv) D] -> q [T, Hq, D] and k, v [T, Hkv, D], with q/k norms applied."""
         config = self.config
-        q, k, v = (
-            part.unflatten(1, (-1, config.head_dim))
-            for part in qkv.split([config.q_size, config.kv_size, config.kv_size], dim=1)
-        )
+        heads = qkv.unflatten(1, (-1, config.head_dim))
+        first, last = config.num_heads, config.num_heads + config.num_kv_heads
+        q, k, v = heads[:, :first], heads[:, first:last], heads[:, last:]
         if self.q_norm is not None:
             q = rms_norm(q, self.q_norm, config.rms_norm_eps)
         if self.k_norm is not None:
