@@ -20,14 +20,18 @@ struct Block {
 };
 
 struct Shape {
-  int64_t group, dim, k_quads, k_bytes, v_bytes, lanes;  // lanes: dims in v's order, padded
+  int64_t group, dim, k_quads, k_bytes, v_bytes;
+  bool pairs;     // sums hold a vector of even dims, then one of the odd ones beside them
+  int64_t lanes;  // dims in that order, padded to whole vectors
   explicit Shape(const AttentionArgs& a)
       : group(a.heads / a.kv_heads),
         dim(a.dim),
         k_quads(a.dim / 4),
         k_bytes(a.dim * a.k.bits / 8),
         v_bytes(a.dim * a.v.bits / 8),
-        lanes((v_bytes + kLanes - 1) / kLanes * kLanes * (a.v.bits == 4 ? 2 : 1)) {}
+        pairs(a.v.bits == 4 || a.v.bits == 16),
+        lanes(pairs ? (dim / 2 + kLanes - 1) / kLanes * kLanes * 2
+                    : (dim + kLanes - 1) / kLanes * kLanes) {}
   int64_t partial_floats(int64_t rows) const { return rows * (lanes + 2); }
 };
 
@@ -177,8 +181,9 @@ class Ahead {
     const auto range = [&](const void* start, int64_t bytes) {
       ranges_[count_++] = {static_cast<const char*>(start), bytes};
     };
-    range(a.k.codes, s.k_bytes), range(a.k.scale, 2), range(a.k.offset, 2);
-    range(a.v.codes, s.v_bytes), range(a.v.scale, 2), range(a.v.offset, 2);
+    range(a.k.codes, s.k_bytes), range(a.v.codes, s.v_bytes);
+    for (const PagesHalf* half : {&a.k, &a.v})
+      if (half->bits < 16) range(half->scale, 2), range(half->offset, 2);
   }
 
   // (Inlined by force: the compiler takes a function that only prefetches for one without effects,
