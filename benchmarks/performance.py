@@ -2,6 +2,7 @@
 
 qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
 qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
+qoq bench throughput ... --ablate linear --json > benchmarks/results/throughput-NAME-ablate.json
 python benchmarks/performance.py
 """
 
@@ -9,11 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import performance_attention
+
 from qoq.evaluate.render import fill, grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "images" / "kv-decode.svg"
 
 
 def read(kind: str) -> list[dict[str, Any]]:
@@ -60,6 +64,7 @@ def throughput() -> str:
             ),
         ]
         for run in read("throughput")
+        if not run.get("ablate")  # those have a table of their own
         for result in run["runs"]
     ]
     heads = ["shape", "scheme", "isa", "in / out", "batch", "prefill", "decode", "output", "total"]
@@ -82,11 +87,15 @@ def main() -> None:
     parts = {
         "linear": kernels("linear"),
         "attention": kernels("attention"),
+        "kv": performance_attention.compared(read("kernels")),
+        "prefill": performance_attention.prefill(read("kernels")),
+        "halves": performance_attention.halves(read("throughput")),
         "rms_norm_quant": kernels("rms_norm_quant"),
         "silu_mul_quant": kernels("silu_mul_quant"),
         "throughput": throughput(),
         "origins": origins(),
     }
+    performance_attention.picture(read("kernels"), PICTURE)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""attention in C++ over bf16 and fp32 pages: as the oracle, and blind to batch, chunks and threads."""
+"""attention in C++ over bf16 and fp32 pages: as the oracle, blind to batch, chunks and threads."""
 
 import itertools
 from dataclasses import replace

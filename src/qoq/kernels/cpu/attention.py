@@ -2,7 +2,8 @@
 
 Over codes, queries and probabilities become 16-bit integers, so scores carry an error of about 2e-5
 of the largest: with scores of ordinary size the output is within 1e-3 of the oracle's largest. Over
-floats it is within 1e-4. To the bit independent of the batch, of how a prompt is cut, and of threads.
+floats it is within 1e-4. To the bit independent of the batch, of how a prompt is cut, and of
+threads.
 """
 
 from typing import Any
@@ -59,7 +60,7 @@ def unsupported(device: torch.device, **what: Any) -> str | None:
     pages, q = what.get("pages"), what.get("q")
     if pages is not None:
         if (pages.format.k_bits == 16) != (pages.format.v_bits == 16):
-            return "it reads pages of codes or pages of floats, not keys of one and values of the other"
+            return "it reads codes or floats, not keys of one and values of the other"
         if reason := unsupported_floats(pages):
             return reason
     if q is not None and (q.shape[2] % 8 or q.shape[2] > MAX_DIM):
