@@ -48,13 +48,15 @@ def test_generate_streams_what_json_says(packed: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "eval"])
 def test_threads_are_those_asked_for(
-    verb: str, packed: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QOQ_NUM_THREADS", "1")  # put back afterwards
+    text = tmp_path / "text.txt"
+    text.write_text("hello the " * 40)
     words = {
         "generate": ["generate", packed, "--prompt", "hello", "--max-tokens", 1],
         "chat": ["chat", packed, "--message", "hello", "--max-tokens", 1],
-        "eval": ["eval", "ppl", packed, "--seq-len", 16, "--windows", 1],
+        "eval": ["eval", "ppl", packed, "--text", text, "--seq-len", 16],
     }[verb]
     run(*words, "--threads", 2)
     assert backend.thread_count() == 2

@@ -113,13 +113,16 @@ def kv_name(kv: KVFormat) -> str:
 
 
 def random_pages(kv: KVFormat, num: int, kv_heads: int, dim: int) -> KVPages:
-    """Pages of PAGE_SIZE tokens with codes as a model might write them, or bf16 numbers."""
+    """Pages of PAGE_SIZE tokens with codes as a model might write them, or bf16 numbers.
+
+    All alike, but each in memory of its own.
+    """
     pages = KVPages.empty(kv, num, kv_heads, PAGE_SIZE, dim, dtype=torch.bfloat16)
     for codes in (pages.k_codes, pages.v_codes):
-        if codes.dtype is torch.uint8:
-            codes.random_(0, 256)
-        else:  # one page many times: drawing them all takes longer than the bench
-            codes.copy_(torch.randn(codes.shape[1:]))
+        # One page many times: drawing them all would take longer than the bench.
+        floats = codes.dtype is torch.bfloat16
+        page = codes.shape[1:]
+        codes.copy_(torch.randn(page) if floats else torch.randint(0, 256, page))
     for scale, offset in ((pages.k_scale, pages.k_offset), (pages.v_scale, pages.v_offset)):
         scale.fill_(0.1)
         offset.fill_(-0.75)
