@@ -3,6 +3,7 @@
 qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
 qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
 python benchmarks/peers/compare.py --home PEERS    (benchmarks/peers/README.md)
+qoq bench throughput ... --ablate linear --json > benchmarks/results/throughput-NAME-ablate.json
 python benchmarks/performance.py
 """
 
@@ -10,12 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import performance_attention
+
 from qoq.evaluate.render import fill, grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 SPEEDS = {"prefill": "prefill_tok_s", "decode": "decode_tok_s", "total": "total_tok_s"}
+PICTURE = ROOT / "docs" / "images" / "kv-decode.svg"
 
 
 def read(kind: str) -> list[dict[str, Any]]:
@@ -62,6 +66,7 @@ def throughput() -> str:
             ),
         ]
         for run in read("throughput")
+        if not run.get("ablate")  # those have a table of their own
         for result in run["runs"]
     ]
     heads = ["shape", "scheme", "isa", "in / out", "batch", "prefill", "decode", "output", "total"]
@@ -123,12 +128,16 @@ def main() -> None:
     parts = {
         "linear": kernels("linear"),
         "attention": kernels("attention"),
+        "kv": performance_attention.compared(read("kernels")),
+        "prefill": performance_attention.prefill(read("kernels")),
+        "halves": performance_attention.halves(read("throughput")),
         "rms_norm_quant": kernels("rms_norm_quant"),
         "silu_mul_quant": kernels("silu_mul_quant"),
         "throughput": throughput(),
         "peers": peers(),
         "origins": origins(),
     }
+    performance_attention.picture(read("kernels"), PICTURE)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
 
 

@@ -1,31 +1,24 @@
 """Benches: what they count, when they stop growing, and what they print."""
 
-from dataclasses import replace
-
 import pytest
 
 from helpers.verbs import answer, refusal, run
+from qoq.bench import attention as bench_attention
 from qoq.bench import kernels as bench
-from qoq.bench.kernels import Row, decode_rows, linear_rows, row_rows
+from qoq.bench import roof as roof_module
+from qoq.bench.kernels import linear_rows, row_rows
 from qoq.bench.random_weights import random_decoder
 from qoq.bench.roof import Roof, measure_roof
 from qoq.bench.shapes import SHAPES, config_of
 from qoq.bench.throughput import Throughput, grow
 from qoq.bench.throughput import run as run_throughput
 from qoq.errors import RequestError
-from qoq.formats.scheme import KVFormat, QuantScheme, WeightFormat
+from qoq.formats.scheme import QuantScheme, WeightFormat
 from qoq.kernels.cpu import backend
 from qoq.models.config import ModelConfig
 
 MISSING = backend.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-
-
-@pytest.fixture
-def small() -> ModelConfig:
-    config = config_of("llama-3.2-1b", 2)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 300}
-    return replace(config, num_heads=2, num_kv_heads=1, **sizes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,7 +35,9 @@ def test_an_unknown_shape_is_refused_with_those_there_are() -> None:
         config_of("llama-9")
 
 
-@pytest.mark.parametrize("scheme", ["w4a8kv4-g128", "w4a8kv4", "w8a8kv8", "w4a8k8v4-g32"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a8kv4-g128", "w4a8kv4", "w8a8kv8", "w4a8k8v4-g32", "w4a8-g64"]
+)
 def test_throughput_counts_every_token_once(small: ModelConfig, scheme: str) -> None:
     parsed = QuantScheme.parse(scheme)
     seen = []
@@ -92,17 +87,11 @@ def test_rows_are_measured_against_the_roof(
     roof = Roof(int8_peak_ops=1e12, read_bandwidth=1e10)
     assert roof.seconds(2e12, 1) == 2
     assert roof.seconds(1, 5e10) == 5
-    kv = KVFormat(4, 4)
     rows = [
         *linear_rows(small, WeightFormat(4, 128), [1, 9], roof),
-        *decode_rows(small, kv, [2], [70], roof),
         *row_rows(small, [3], roof),
     ]
-    assert [row.op for row in rows] == ["linear"] * 8 + [
-        "attention",
-        "rms_norm_quant",
-        "silu_mul_quant",
-    ]
+    assert [row.op for row in rows] == ["linear"] * 8 + ["rms_norm_quant", "silu_mul_quant"]
     for row in rows:
         assert row.fraction == pytest.approx(row.roof_seconds / row.seconds)
     down = next(row for row in rows if row.shape.startswith("down_proj") and row.M == 9)
@@ -110,9 +99,6 @@ def test_rows_are_measured_against_the_roof(
     assert down.roof_seconds == pytest.approx(
         max(2 * 9 * 128 * 256 / 1e12, (weight + 9 * 256) / 1e10)
     )
-    attention = next(row for row in rows if row.op == "attention")
-    assert attention.roof_seconds == pytest.approx(2 * 70 * 2 * (32 + 4) / 1e10)
-    assert isinstance(attention, Row)
 
 
 def test_the_roof_of_this_machine() -> None:
@@ -121,21 +107,33 @@ def test_the_roof_of_this_machine() -> None:
     assert 1e8 < roof.read_bandwidth < 1e13
 
 
-def test_verbs_print_what_was_measured() -> None:
+def test_verbs_print_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (bench, bench_attention):
+        monkeypatch.setattr(module, "COLD_BYTES", 100_000)
+        monkeypatch.setattr(module, "ENOUGH_SECONDS", 0.01)
+    monkeypatch.setattr(roof_module, "_BUFFER", 16 << 20)
+    monkeypatch.setenv("QOQ_NUM_THREADS", "1")  # --threads stays in the environment
     shape = ["--shape", "qwen2.5-0.5b"]
-    facts = answer("bench", "kernels", *shape, "--rows", "1", "--contexts", "64")
+    few = ["--rows", "1", "--contexts", "64", "--batches", "2", "--chunks", "32,128"]
+    facts = answer("bench", "kernels", *shape, *few)
     assert {"int8_peak_ops", "read_bandwidth", "isa", "threads", "commit"} <= set(facts)
     assert set(facts["rows"][0]) == {"op", "shape", "M", "seconds", "roof_seconds", "fraction"}
+    assert [row["op"] for row in facts["rows"]].count("attention_prefill") == 4
     sizes = ["--layers", 1, "--prompt-len", 8, "--output-len", 2, "--batch", 2]
     facts = answer("bench", "throughput", *shape, *sizes)
     for key in ("prefill_tok_s", "decode_tok_s", "output_tok_s", "total_tok_s"):
         assert facts[key] > 0
     assert (facts["batch"], len(facts["runs"])) == (2, 1)
     assert facts["peak_rss_bytes"] > 1e8
+    assert facts["ablate"] is None
+    less = answer("bench", "throughput", *shape, *sizes, "--ablate", "linear", "--threads", 1)
+    assert (less["ablate"], less["threads"]) == ("linear", 1)
     assert "tokens a second" in run("bench", "throughput", *shape, *sizes).stdout
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
     assert "--rows takes" in refusal("bench", "kernels", "--rows", "1,x")
     assert "no shape" in refusal("bench", "throughput", "--shape", "none")
+    assert "--ablate takes" in refusal("bench", "throughput", "--ablate", "attention")
+    assert "--threads takes" in refusal("bench", "throughput", "--threads", "0")
     assert "2 or more" in refusal("bench", "throughput", "--output-len", "1")

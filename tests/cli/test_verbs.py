@@ -6,6 +6,7 @@ import pytest
 
 from helpers.verbs import answer, refusal, run
 from qoq import __version__
+from qoq.kernels.cpu import backend
 
 
 def test_inspect(packed: Path) -> None:
@@ -43,6 +44,23 @@ def test_generate_streams_what_json_says(packed: Path) -> None:
     assert run(*options).stdout == f"hello the{got['text']}\n"
     piped = run("generate", packed, "--prompt", "-", "--max-tokens", 2, stdin="hello")
     assert piped.stdout.startswith("hello")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "eval"])
+def test_threads_are_those_asked_for(
+    verb: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QOQ_NUM_THREADS", "1")  # put back afterwards
+    text = tmp_path / "text.txt"
+    text.write_text("hello the " * 40)
+    words = {
+        "generate": ["generate", packed, "--prompt", "hello", "--max-tokens", 1],
+        "chat": ["chat", packed, "--message", "hello", "--max-tokens", 1],
+        "eval": ["eval", "ppl", packed, "--text", text, "--seq-len", 16],
+    }[verb]
+    run(*words, "--threads", 2)
+    assert backend.thread_count() == 2
+    assert "--threads takes" in refusal(*words, "--threads", 0)
 
 
 def test_generate_refuses(packed: Path) -> None:

@@ -4,5 +4,7 @@ shapes          real models' shapes, by name
 random_weights  packed weights of these shapes, made in memory
 roof            what the machine can do at most, measured in the same run
 kernels         each op x shape x rows, against its roof
+attention       attention over KV4, KV8 and bf16 side by side, and beside torch's
+ablation        linears that dequantize and leave the product to torch
 throughput      prefill and decode of a whole model through the engine
 """

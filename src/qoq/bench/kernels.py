@@ -15,10 +15,8 @@ import torch
 from qoq.bench.random_weights import random_linears
 from qoq.bench.roof import Roof, timed
 from qoq.formats.activation import quantize_per_token
-from qoq.formats.kv import KVPages, page_bytes
-from qoq.formats.scheme import KVFormat, WeightFormat
+from qoq.formats.scheme import WeightFormat
 from qoq.kernels.act_quant import rms_norm_quant, silu_mul_quant
-from qoq.kernels.attention import attention
 from qoq.kernels.linear import linear
 from qoq.models.anatomy import INPUTS, layer_linears
 from qoq.models.config import ModelConfig
@@ -59,37 +57,7 @@ def linear_rows(
             x = quantize_per_token(torch.randn(m, k))
             seconds = _median(lambda x=x, turn=turn: linear(x, next(turn)))
             least = roof.seconds(2 * m * n * k, weight_bytes + m * k)
-            yield _row("linear", f"{tap} {n}x{k} {_weight_name(fmt)}", m, seconds, least)
-
-
-def decode_rows(
-    config: ModelConfig,
-    kv: KVFormat,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    roof: Roof,
-) -> Iterator[Row]:
-    """Attention of one layer, one new token for each of ``batch`` sequences of equal context."""
-    shape = (config.num_kv_heads, PAGE_SIZE, config.head_dim)
-    for context in contexts:
-        for batch in batches:
-            each = -(-context // PAGE_SIZE)
-            size = batch * context * page_bytes(kv, *shape) / PAGE_SIZE
-            copies = int(-(-COLD_BYTES // size))
-            layers = itertools.cycle(
-                [_random_pages(kv, batch * each, *shape) for _ in range(copies)]
-            )
-            table = torch.randperm(batch * each, dtype=torch.int32).reshape(batch, each)
-            lens = torch.full((batch,), context, dtype=torch.int32)
-            starts = torch.arange(batch + 1, dtype=torch.int32)
-            q = torch.randn(batch, config.num_heads, config.head_dim)
-            tables = (table, lens, starts, config.sm_scale)
-            seconds = _median(
-                lambda q=q, layers=layers, tables=tables: attention(q, next(layers), *tables)
-            )
-            heads = f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}"
-            name = f"{heads}, context {context}, {_kv_name(kv)}"
-            yield _row("attention", name, batch, seconds, roof.seconds(0, size))
+            yield row_of("linear", f"{tap} {n}x{k} {_weight_name(fmt)}", m, seconds, least)
 
 
 def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[Row]:
@@ -98,13 +66,14 @@ def row_rows(config: ModelConfig, rows: Sequence[int], roof: Roof) -> Iterator[R
     for m in rows:
         x, residual, gain = torch.randn(m, hidden), torch.randn(m, hidden), torch.ones(hidden)
         seconds = _median(lambda x=x, r=residual, g=gain: rms_norm_quant(x, g, 1e-5, 8, r))
-        yield _row("rms_norm_quant", f"{hidden}", m, seconds, roof.seconds(0, 8 * m * hidden))
+        yield row_of("rms_norm_quant", f"{hidden}", m, seconds, roof.seconds(0, 8 * m * hidden))
         gate_up = torch.randn(m, 2 * inner)
         seconds = _median(lambda gate_up=gate_up: silu_mul_quant(gate_up, 8))
-        yield _row("silu_mul_quant", f"{inner}", m, seconds, roof.seconds(0, 8 * m * inner))
+        yield row_of("silu_mul_quant", f"{inner}", m, seconds, roof.seconds(0, 8 * m * inner))
 
 
-def _row(op: str, shape: str, m: int, seconds: float, least: float) -> Row:
+def row_of(op: str, shape: str, m: int, seconds: float, least: float) -> Row:
+    """A Row, its fraction computed."""
     return Row(op, shape, m, seconds, least, least / seconds)
 
 
@@ -112,21 +81,7 @@ def _weight_name(fmt: WeightFormat) -> str:
     return f"w{fmt.bits}" + (f"-g{fmt.group_size}" if fmt.group_size else "")
 
 
-def _kv_name(kv: KVFormat) -> str:
-    return f"kv{kv.k_bits}" if kv.k_bits == kv.v_bits else f"k{kv.k_bits}v{kv.v_bits}"
-
-
 def _median(run: Any) -> float:
     once = timed(run, 1)[0]
     repeats = int(min(MAX_RUNS, max(MIN_RUNS, ENOUGH_SECONDS / max(once, 1e-6))))
     return statistics.median(timed(run, repeats))
-
-
-def _random_pages(kv: KVFormat, num: int, kv_heads: int, page_size: int, dim: int) -> KVPages:
-    pages = KVPages.empty(kv, num, kv_heads, page_size, dim)
-    for codes in (pages.k_codes, pages.v_codes):
-        codes.random_(0, 256)
-    for scale, offset in ((pages.k_scale, pages.k_offset), (pages.v_scale, pages.v_offset)):
-        scale.fill_(0.1)
-        offset.fill_(-0.75)
-    return pages

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import torch
+
 from qoq.engine.engine import Engine, pages_needed
 from qoq.engine.request import SamplingParams
 from qoq.formats.scheme import KVFormat
@@ -55,11 +57,21 @@ def run(
 ) -> Throughput:
     """Generate ``output_len`` tokens (2 or more) for ``batch`` random prompts at once.
 
+    A 16-bit cache holds bf16.
+
     ``step`` is told the tokens generated so far and the total.
     """
     config = decoder.config
     pages = batch * pages_needed(prompt_len + output_len, PAGE_SIZE)
-    pool = KVPool(kv, config.num_layers, pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    pool = KVPool(
+        kv,
+        config.num_layers,
+        pages,
+        config.num_kv_heads,
+        PAGE_SIZE,
+        config.head_dim,
+        dtype=torch.bfloat16,
+    )
     engine = Engine(decoder, pool, max_requests=batch, backend=backend)
     draw = random.Random(seed)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)

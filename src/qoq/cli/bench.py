@@ -4,16 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
-from qoq.cli.options import JSON
+from qoq.cli.options import JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 SHAPE = Annotated[
     str, typer.Option(help="Shapes of a real model, such as llama-3.2-1b or llama-3-8b.")
 ]
 SCHEME = Annotated[str, typer.Option(help="w4a8kv4-g128, w4a8kv4, w8a8kv8, w4a8k8v4-g128, ...")]
-THREADS = Annotated[
-    int | None, typer.Option(help="Threads of the CPU kernels. Default: all CPUs granted.")
-]
 LAYERS = Annotated[int | None, typer.Option(help="Only this many layers. Default: all.")]
 
 
@@ -22,7 +19,15 @@ def kernels(
     shape: SHAPE = "llama-3.2-1b",
     scheme: SCHEME = "w4a8kv4-g128",
     rows: Annotated[str, typer.Option(help="Numbers of rows M, with commas.")] = "1,8,32,128,512",
-    contexts: Annotated[str, typer.Option(help="Context lengths, with commas.")] = "1024,4096",
+    batches: Annotated[
+        str, typer.Option(help="Sequences that decode at once, with commas.")
+    ] = "1,8,32",
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths, with commas.")
+    ] = "512,1024,2048,4096,8192",
+    chunks: Annotated[
+        str, typer.Option(help="Prompt tokens read at once, with commas.")
+    ] = "512,2048",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -31,26 +36,36 @@ def kernels(
     The roof is measured first: int8 products a second in registers, bytes a second read from
     memory. `fraction` is the share of it that a kernel reaches.
 
+    Attention is timed over the scheme's KV cache, KV8 and bf16 in turn: `attention` with one new
+    token for each of M sequences, `attention_prefill` with M tokens at a prompt's end, beside
+    torch's scaled_dot_product_attention over dense bf16 keys and values.
+
     --json prints: shape, scheme, isa, threads, int8_peak_ops, read_bandwidth, rows (each with op,
     shape, M, seconds, roof_seconds, fraction), command, commit, hardware.
     """
-    from qoq.bench.kernels import Row, decode_rows, linear_rows, row_rows
+    from qoq.bench.attention import COMPARED, decode_rows, prefill_cases, prefill_rows
+    from qoq.bench.kernels import Row, linear_rows, row_rows
     from qoq.bench.roof import measure_roof
     from qoq.bench.shapes import config_of
     from qoq.formats.scheme import QuantScheme
 
+    need_kernels()
     use_threads(threads)
     config, parsed = config_of(shape, 1), QuantScheme.parse(scheme)
     sizes, lengths = numbers(rows, "--rows"), numbers(contexts, "--contexts")
+    together, pieces = numbers(batches, "--batches"), numbers(chunks, "--chunks")
+    formats = list(dict.fromkeys((parsed.kv, *COMPARED[1:])))
     if not json:
         note("measuring the roof: int8 products and memory reads")
     roof = measure_roof()
     results: list[Row] = []
     with bar("kernels", quiet=json) as progress:
-        total = len(sizes) * (6 + len(lengths))
+        total = len(sizes) * 6 + len(lengths) * len(together) * len(formats)
+        total += prefill_cases(pieces, lengths) * (len(formats) + 1)
         for part in (
             linear_rows(config, parsed.weight, sizes, roof),
-            decode_rows(config, parsed.kv, sizes, lengths, roof),
+            decode_rows(config, formats, together, lengths, roof),
+            prefill_rows(config, formats, pieces, lengths, roof),
             row_rows(config, sizes, roof),
         ):
             for row in part:
@@ -94,6 +109,14 @@ def throughput(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Accepted for clarity: weights are random.")
     ] = True,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure without a part of the system. linear: every linear, lm_head too, takes "
+            "float rows, dequantizes its packed weight to bf16 in each call and leaves the product "
+            "to torch in bf16. (The other half is the KV cache: w4a8-g128 has one of bf16.)"
+        ),
+    ] = None,
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -104,23 +127,34 @@ def throughput(
 
         qoq bench throughput --shape llama-3.2-1b --prompt-len 256 --output-len 32 --batch 32
 
+        qoq bench throughput --prompt-len 256 --output-len 32 --batch 32 --ablate linear
+
     --json prints the best run: prefill_tok_s, decode_tok_s, output_tok_s, total_tok_s, batch,
     prompt_len, output_len, seconds, kv_cache_bytes, and isa, threads, peak_rss_bytes, shape,
-    scheme, runs (every batch), command, commit, hardware.
+    scheme, ablate, runs (every batch), command, commit, hardware.
     """
+    import torch
+
+    from qoq.bench.ablation import dequantize_linears
     from qoq.bench.random_weights import random_decoder
     from qoq.bench.shapes import config_of
     from qoq.bench.throughput import Throughput, grow, peak_rss_bytes, run
     from qoq.errors import RequestError
     from qoq.formats.scheme import QuantScheme
 
+    if ablate not in (None, "linear"):
+        raise RequestError(f"--ablate takes linear, not {ablate!r}.")
     if prompt_len < 1 or output_len < 2 or (batch is not None and batch < 1):
         raise RequestError("prompt-len and batch must be 1 or more, output-len 2 or more.")
+    need_kernels()
     use_threads(threads)
     config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
     if not json:
         note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-    decoder = random_decoder(config, parsed)
+    decoder = random_decoder(config, parsed, backend="oracle" if ablate else "auto")
+    if ablate:
+        torch.set_num_threads(what_runs()["threads"])
+        decoder = dequantize_linears(decoder)
     with bar("generating", quiet=json) as progress:
 
         def measure(size: int) -> Throughput:
@@ -141,6 +175,7 @@ def throughput(
     facts = {
         "shape": shape,
         "scheme": parsed.name,
+        "ablate": ablate,
         "layers": config.num_layers,
         **best.to_dict(),
         **what_runs(),
@@ -151,7 +186,8 @@ def throughput(
     if json:
         emit(facts)
         return
-    print(f"{shape}, {parsed.name}, {facts['isa']}, {facts['threads']} threads")
+    without = f" without our {ablate}" if ablate else ""
+    print(f"{shape}, {parsed.name}{without}, {facts['isa']}, {facts['threads']} threads")
     print("batch   prefill    decode    output     total  (tokens a second)")
     for result in runs:
         print(
@@ -160,16 +196,14 @@ def throughput(
         )
 
 
-def use_threads(threads: int | None) -> None:
-    """Run the CPU kernels on this many threads, if a number is given."""
+def need_kernels() -> None:
+    """Raise BackendUnavailable where there is nothing to measure."""
     from qoq.errors import BackendUnavailable
     from qoq.kernels.cpu import backend
 
     reason = backend.missing()
     if reason is not None:
         raise BackendUnavailable(f"The benches measure the CPU kernels, but {reason}.")
-    if threads is not None:
-        backend.set_threads(threads)
 
 
 def numbers(text: str, option: str) -> list[int]:

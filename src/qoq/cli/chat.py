@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qoq.cli.options import ANY_MODEL, JSON, MAX_TOKENS, SAMPLING_SEED, TEMPERATURE, TOP_K, TOP_P
+from qoq.cli.options import (
+    ANY_MODEL,
+    JSON,
+    MAX_TOKENS,
+    SAMPLING_SEED,
+    TEMPERATURE,
+    THREADS,
+    TOP_K,
+    TOP_P,
+    use_threads,
+)
 from qoq.cli.terminal import emit, note, verb
 
 if TYPE_CHECKING:
@@ -25,6 +35,7 @@ def chat(
     top_p: TOP_P = 1.0,
     top_k: TOP_K = 0,
     seed: SAMPLING_SEED = None,
+    threads: THREADS = None,
     json: JSON = False,
 ) -> None:
     """Talk with a model through its own chat template.
@@ -49,6 +60,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
+    use_threads(threads)
     llm = LLM(model)
     first = [{"role": "system", "content": system}] if system else []
     if message is None:

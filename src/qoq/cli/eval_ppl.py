@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qoq.cli.options import CALIBRATION, JSON, SEED
+from qoq.cli.options import CALIBRATION, JSON, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def ppl(
         int, typer.Option(help="Tokens per calibration sample (with --scheme).")
     ] = 1024,
     seed: SEED = 0,
+    threads: THREADS = None,
     json: JSON = False,
 ) -> None:
     """Perplexity of a model: windows without overlap, as in the papers.
@@ -82,6 +83,7 @@ def ppl(
     from qoq.models.load import load_model
     from qoq.tokenizer import Tokenizer
 
+    use_threads(threads)
     simulation = parse_simulation(scheme) if scheme else None
     folder = resolve_source(model)
     other = folder if reference is None and simulation else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qoq.cli.eval_ppl import choose_text, default_seq_len
-from qoq.cli.options import CALIBRATION, JSON, SEED
+from qoq.cli.options import CALIBRATION, JSON, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 QUICK_WINDOWS, QUICK_SAMPLES = 8, 32
@@ -68,6 +68,7 @@ def table(
             help="Take over rows of the --save file (same settings; measured by the same code).",
         ),
     ] = False,
+    threads: THREADS = None,
     json: JSON = False,
 ) -> None:
     """Judge many schemes against full precision, on the same texts.
@@ -98,6 +99,7 @@ def table(
 
     if resume and save is None:
         raise SchemeError("--resume needs the file: add --save FILE.")
+    use_threads(threads)
     quick = rows == "quick"
     folder = resolve_source(source)
     chosen = load_recipe(recipe, QuantScheme.parse(GROUP))

@@ -12,8 +12,10 @@ from qoq.cli.options import (
     MAX_TOKENS,
     SAMPLING_SEED,
     TEMPERATURE,
+    THREADS,
     TOP_K,
     TOP_P,
+    use_threads,
 )
 from qoq.cli.terminal import emit, verb
 
@@ -30,6 +32,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
+    threads: THREADS = None,
     json: JSON = False,
 ) -> None:
     """Continue a prompt; text appears as it is made.
@@ -54,6 +57,7 @@ def generate(
     )
     if prompt == "-":
         prompt = sys.stdin.read()
+    use_threads(threads)
     llm = LLM(model)
     if not json:
         pieces = llm.stream(prompt, params)  # a prompt that cannot be run is refused here

@@ -8,6 +8,10 @@ CHECKPOINT = Annotated[str, typer.Argument(help="A packed checkpoint, as `qoq qu
 ANY_MODEL = Annotated[
     str, typer.Argument(help="Packed checkpoint, or a full-precision folder or hub id.")
 ]
+THREADS = Annotated[
+    int | None,
+    typer.Option(help="Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, no more.")]
 CALIBRATION = Annotated[
     str,
@@ -27,3 +31,18 @@ TOP_K = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0
 SAMPLING_SEED = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same text. Default: random.")
 ]
+
+
+def use_threads(threads: int | None) -> None:
+    """Run the CPU kernels on this many threads, if a number is given.
+
+    Raises BackendUnavailable for a number below 1.
+    """
+    if threads is None:
+        return
+    from qoq.errors import BackendUnavailable
+    from qoq.kernels.cpu.backend import set_threads
+
+    if threads < 1:
+        raise BackendUnavailable(f"--threads takes a number from 1 on, not {threads}.")
+    set_threads(threads)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qoq.cli.check_env import check_device
-from qoq.cli.options import CALIBRATION, JSON, OVERWRITE, SEED
+from qoq.cli.options import CALIBRATION, JSON, OVERWRITE, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, duration, emit, note, size, verb
 from qoq.quantize.recipe import PASS_NAMES
 
@@ -67,6 +67,7 @@ def quantize(
     ] = None,
     eval_windows: Annotated[int, typer.Option(help="Windows to judge on.")] = 4,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not judge the result.")] = False,
+    threads: THREADS = None,
     json: JSON = False,
 ) -> None:
     """Quantize a model into a packed checkpoint that describes itself.
@@ -91,6 +92,7 @@ def quantize(
     from qoq.formats.scheme import QuantScheme
     from qoq.quantize.pipeline import quantize as run
 
+    use_threads(threads)
     parsed = QuantScheme.parse(scheme)
     chosen = _recipe(recipe, parsed, without or [], k_rotation)
     check_device(device)

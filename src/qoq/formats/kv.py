@@ -1,7 +1,8 @@
 """KVPages: one layer's paged KV cache as it lies in memory (QServe section 5.3; design section 2).
 
 HND pages: [num_pages, num_kv_heads, page_size, ...], so one head's page is contiguous. 4-bit codes
-are nibble-packed along head_dim, 8-bit codes are bytes, 16 means float values without scales.
+are nibble-packed along head_dim, 8-bit codes are bytes, 16 means float values without scales: bf16
+where speed counts, fp32 where they are the reference.
 """
 
 from dataclasses import dataclass

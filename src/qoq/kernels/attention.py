@@ -1,4 +1,4 @@
-"""attention: ragged, paged, causal attention that always reads the quantized cache (QServe 5.3).
+"""attention: ragged, paged, causal attention that always reads the cache as stored (QServe 5.3).
 
 Prefill chunks and decode rows mix in one call; a prompt sees its own keys through the cache, so
 perplexity, chunked prefill and decode all measure the same numbers (design decision 4).
@@ -32,10 +32,11 @@ def attention(
     the queries' own included; cu_seqlens_q int32 [S+1] rows of q per sequence, some may be empty.
     Row j of a sequence stands at position kv_len - q_len + j and sees keys at positions <= its own
     (with a window w: > its own - w). A sequence's rows depend on nothing but that sequence.
-    Rows past cu_seqlens_q's end are padding, their output is 0. Over pages that hold floats torch
-    does the work, whatever the backend.
+    Rows past cu_seqlens_q's end are padding, their output is 0. Over fp32 pages ``auto`` is the
+    oracle: they are what quantized models are calibrated on and compared with, and neither may
+    depend on the machine's instruction set. bf16 pages are for speed.
     """
-    if pages.format.k_bits == pages.format.v_bits == 16:
+    if backend == "auto" and pages.k_codes.dtype == pages.v_codes.dtype == torch.float32:
         backend = "oracle"
     run = resolve("attention", backend, q.device, q=q, pages=pages, sliding_window=sliding_window)
     out: Tensor = run(q, pages, page_table, kv_lens, cu_seqlens_q, sm_scale, sliding_window)

@@ -116,6 +116,23 @@ def test_pages_and_queries_are_the_oracles(
     compare(q, k, v, *angles(t, d // 2 // part), slot_tensor, *options, pages=pages)
 
 
+def test_bf16_pages_round_to_nearest_even() -> None:
+    # Any bits at all, and every tie: bf16 numbers with a half of their last bit.
+    t, d = 4000, 18
+    v = torch.randint(-(1 << 31), 1 << 31, (t, 2, d)).to(torch.int32)
+    v[::2] = v[::2] & -65536 | 0x8000
+    numbers = v.view(torch.float32)
+    pages = KVPages.empty(KVFormat(16, 16), -(-t // 16), 2, 16, d, dtype=torch.bfloat16)
+    cos, sin = torch.ones(t, 1), torch.zeros(t, 1)
+    k = torch.randn(t, 2, d)
+    kv_append(k, k, numbers, cos, sin, torch.arange(t), pages)
+    got = pages.v_codes.transpose(1, 2).flatten(0, 1)[:t]
+    want = numbers.bfloat16()
+    assert torch.equal(got.isnan(), numbers.isnan())
+    assert torch.equal(got.view(torch.int16)[~got.isnan()], want.view(torch.int16)[~got.isnan()])
+    assert torch.equal(pages.k_codes.transpose(1, 2).flatten(0, 1)[:t], k.bfloat16())
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_hadamard_rotation_at_model_size(d: int) -> None:
     t, slots = 40, torch.randperm(64)[:40]
@@ -224,7 +241,9 @@ def test_what_it_declares() -> None:
     assert unsupported(cpu) is None
     assert unsupported(cpu, pages=garbage((4, 16), 1, 1, 1, 4)) is None
     half = KVPages.empty(KVFormat(4, 16), 1, 1, 1, 4, dtype=torch.bfloat16)
-    assert "bfloat16" in str(unsupported(cpu, pages=half))
+    assert unsupported(cpu, pages=half) is None
+    half = KVPages.empty(KVFormat(4, 16), 1, 1, 1, 4, dtype=torch.float16)
+    assert "float16" in str(unsupported(cpu, pages=half))
     assert "CPU" in str(unsupported(torch.device("cuda")))
 
 

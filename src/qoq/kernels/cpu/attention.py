@@ -1,8 +1,9 @@
-"""C++ twin of attention: integer products over 4- and 8-bit pages.
+"""C++ twin of attention: integer products over 4- and 8-bit pages, fp32 over bf16 and fp32 pages.
 
-Queries and probabilities become 16-bit integers, so scores carry an error of about 2e-5 of the
-largest: with scores of ordinary size the output is within 1e-3 of the oracle's largest. To the bit
-independent of the batch, of how a prompt is cut, and of threads.
+Over codes, queries and probabilities become 16-bit integers, so scores carry an error of about 2e-5
+of the largest: with scores of ordinary size the output is within 1e-3 of the oracle's largest. Over
+floats it is within 1e-4. To the bit independent of the batch, of how a prompt is cut, and of
+threads.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from qoq.formats.kv import KVPages
 from qoq.kernels.cpu.backend import address, backend, extension, rows
 from qoq.kernels.cpu.backend import unsupported as unsupported_device
-from qoq.kernels.cpu.pages import page_halves
+from qoq.kernels.cpu.pages import page_halves, unsupported_floats
 
 MAX_DIM = 256
 
@@ -57,8 +58,11 @@ def attention(
 def unsupported(device: torch.device, **what: Any) -> str | None:
     """Why this call must be left to another twin, or None."""
     pages, q = what.get("pages"), what.get("q")
-    if pages is not None and 16 in (pages.format.k_bits, pages.format.v_bits):
-        return "it reads 4- and 8-bit pages only"
+    if pages is not None:
+        if (pages.format.k_bits == 16) != (pages.format.v_bits == 16):
+            return "it reads codes or floats, not keys of one and values of the other"
+        if reason := unsupported_floats(pages):
+            return reason
     if q is not None and (q.shape[2] % 8 or q.shape[2] > MAX_DIM):
         return f"head_dim {q.shape[2]} is no multiple of 8 up to {MAX_DIM}"
     return unsupported_device(device)

@@ -47,11 +47,6 @@ inline void mix_rows(const Shape& s, const Work& w, int64_t row, int64_t lane, i
       put_mixed(s, w, row + p, lane + v * kLanes, sums[2 * p][v], sums[2 * p + 1][v]);
 }
 
-template <int P>
-struct Fixed {
-  static constexpr int value = P;
-};
-
 // body(row, Fixed<n>) for each n rows of `rows`, n at most P.
 template <int P, class F>
 inline void in_pairs(int64_t rows, F&& body) {

@@ -18,6 +18,12 @@ constexpr int64_t kColumnUnit = 1, kDigitUnit = 1, kTileSums = 0;
 #endif
 constexpr int32_t kMost = 127 * 256 + 127;  // largest integer of two signed bytes
 
+// A number as a type: bodies are compiled for it.
+template <int N>
+struct Fixed {
+  static constexpr int value = N;
+};
+
 // Rows of digits of `rows` query rows, padded to whole registers.
 inline int64_t rows_of_digits(int64_t rows) { return round_up(2 * rows, kDigitUnit); }
 
@@ -30,7 +36,8 @@ struct Block {
 
 struct Shape {
   int64_t group, dim, k_quads, k_bytes, v_bytes;
-  int64_t lanes;     // dims in v's order, padded to whole registers
+  bool pairs;        // sums hold a vector of even dims, then one of the odd ones beside them
+  int64_t lanes;     // dims in that order, padded to whole registers
   int64_t q_stride;  // bytes of a query row's digit, padded to whole steps
   explicit Shape(const AttentionArgs& a)
       : group(a.heads / a.kv_heads),
@@ -38,7 +45,8 @@ struct Shape {
         k_quads(a.dim / 4),
         k_bytes(a.dim * a.k.bits / 8),
         v_bytes(a.dim * a.v.bits / 8),
-        lanes(round_up(round_up(v_bytes, kLanes) * (a.v.bits == 4 ? 2 : 1), kColumnUnit)),
+        pairs(a.v.bits == 4 || a.v.bits == 16),
+        lanes(round_up(pairs ? round_up(dim / 2, kLanes) * 2 : round_up(dim, kLanes), kColumnUnit)),
         q_stride(round_up(a.dim, kStep)) {}
   int64_t partial_floats(int64_t rows) const { return rows * (lanes + 2); }
 };
@@ -194,8 +202,9 @@ class Ahead {
     const auto range = [&](const void* start, int64_t bytes) {
       ranges_[count_++] = {static_cast<const char*>(start), bytes};
     };
-    range(a.k.codes, s.k_bytes), range(a.k.scale, 2), range(a.k.offset, 2);
-    range(a.v.codes, s.v_bytes), range(a.v.scale, 2), range(a.v.offset, 2);
+    range(a.k.codes, s.k_bytes), range(a.v.codes, s.v_bytes);
+    for (const PagesHalf* half : {&a.k, &a.v})
+      if (half->bits < 16) range(half->scale, 2), range(half->offset, 2);
   }
 
   // (Inlined by force: the compiler takes a function that only prefetches for one without effects,

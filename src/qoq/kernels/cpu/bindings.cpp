@@ -131,7 +131,10 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
                         window,
                         at<float>(out)};
   for (const PagesHalf& half : {a.k, a.v})
-    require(half.bits == 4 || half.bits == 8, "keys and values have 4 or 8 bits here");
+    require(half.bits == 4 || half.bits == 8 || half.bits == 16 || half.bits == 32,
+            "keys and values have 4, 8, 16 or 32 bits");
+  const bool floats = a.k.bits >= 16;
+  require(floats == (a.v.bits >= 16), "keys and values must both be codes or both floats here");
   // What the tables say is data, so it is checked here: a wrong page must not be read.
   require(a.cu_seqlens_q[0] == 0 && a.cu_seqlens_q[sequences] <= tokens,
           "cu_seqlens_q must span rows of q");
@@ -147,7 +150,9 @@ void attention(Backend& backend, const std::array<int64_t, 8>& sizes, uintptr_t 
   }
   const int64_t used = a.cu_seqlens_q[sequences] * heads * dim;
   std::fill(a.out + used, a.out + tokens * heads * dim, 0.0f);
-  backend.run([&](const Kernels& kernels, Pool& pool) { return kernels.attention(a, pool); });
+  backend.run([&](const Kernels& kernels, Pool& pool) {
+    return floats ? kernels.attention_float(a, pool) : kernels.attention(a, pool);
+  });
 }
 
 using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;

@@ -1,4 +1,4 @@
-// fp16 numbers as their bits.
+// fp16 and bf16 numbers as their bits.
 #pragma once
 
 #include "simd.h"
@@ -44,6 +44,14 @@ inline float from_half(uint16_t half) {
   std::memcpy(&x, &bits, 4);
   return x;
 #endif
+}
+
+// bf16, half to even; a NaN stays one.
+inline uint16_t to_bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (uint16_t)((x == x ? rounded : bits | 0x400000) >> 16);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "act_quant.h"
 #include "attention.h"
+#include "attention_float.h"
 #include "kv_append.h"
 #include "linear.h"
 #include "roof.h"
@@ -15,8 +16,9 @@ namespace qoq {
 
 extern const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT);
 const Kernels QOQ_JOIN(kernels_, QOQ_VARIANT) = {
-    Isa::QOQ_VARIANT, linear,   attention, act_quant,    rms_norm_quant, silu_mul_quant, kv_append,
-    spin_products,    read_all, peak,      total_weight, ranks_above,    draw,
+    Isa::QOQ_VARIANT, linear,    attention,     attention_float, act_quant, rms_norm_quant,
+    silu_mul_quant,   kv_append, spin_products, read_all,        peak,      total_weight,
+    ranks_above,      draw,
 };
 
 }  // namespace qoq

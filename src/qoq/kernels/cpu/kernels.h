@@ -36,10 +36,10 @@ struct LinearArgs {
   int64_t out_stride;
 };
 
-// K or V of a layer's pages (see formats/kv.py); 16 bits are floats without scale and offset.
+// K or V of a layer's pages (see formats/kv.py): codes, or floats without scale and offset.
 struct PagesHalf {
-  int64_t bits;     // 4, 8 or 16
-  void* codes;      // bytes [P, Hkv, page_size, D * bits / 8], or floats [P, Hkv, page_size, D]
+  int64_t bits;     // codes: 4 or 8; floats: 16 (bf16) or 32
+  void* codes;      // [P, Hkv, page_size, D * bits / 8] bytes
   uint16_t* scale;  // fp16 [P, Hkv, page_size]
   uint16_t* offset;
 };
@@ -132,7 +132,8 @@ struct RowPeak {
 struct Kernels {
   Isa isa;
   void (*linear)(const LinearArgs&, Pool&);
-  void (*attention)(const AttentionArgs&, Pool&);
+  void (*attention)(const AttentionArgs&, Pool&);        // over codes
+  void (*attention_float)(const AttentionArgs&, Pool&);  // over floats
   void (*act_quant)(const ActQuantArgs&, Pool&);
   void (*rms_norm_quant)(const RmsNormArgs&, Pool&);
   void (*silu_mul_quant)(const SiluMulArgs&, Pool&);

@@ -3,7 +3,8 @@
 //
 // Everything written equals the oracle's to the bit: single operations in fp32, and sums of the
 // rotation in fp64, whose order does not survive rounding to fp32 (but for one sum in 2^28 or so).
-// A vector with a NaN gets scale 1 and a NaN offset, as there, and codes that mean nothing.
+// A vector with a NaN gets scale 1 and a NaN offset, as there, and codes that mean nothing. In bf16
+// pages a NaN stays a NaN, whichever.
 #pragma once
 
 #include "half.h"
@@ -102,8 +103,13 @@ inline void pack_nibbles(const uint8_t* codes, int64_t count, uint8_t* out) {
 // Writes vector number `at` of a half's pages; `codes` is room for dim bytes.
 inline void put_head(const float* x, int64_t dim, const PagesHalf& pages, int64_t at,
                      uint8_t* codes) {
-  if (pages.bits == 16) {
+  if (pages.bits == 32) {
     std::memcpy(static_cast<float*>(pages.codes) + at * dim, x, dim * 4);
+    return;
+  }
+  if (pages.bits == 16) {
+    uint16_t* out = static_cast<uint16_t*>(pages.codes) + at * dim;
+    for (int64_t i = 0; i < dim; ++i) out[i] = to_bfloat(x[i]);
     return;
   }
   F32 lows = splat(x[0]), highs = lows;

@@ -8,21 +8,14 @@ from torch import Tensor
 from qoq.formats.kv import KVPages
 from qoq.kernels.cpu.backend import CPU, address, backend, extension, row_address, rows
 from qoq.kernels.cpu.backend import unsupported as unsupported_device
-from qoq.kernels.cpu.pages import page_halves
+from qoq.kernels.cpu.pages import page_halves, unsupported_floats
 from qoq.kernels.kv_append import kv_append_oracle
 
 
 def unsupported(device: torch.device, *, pages: KVPages | None = None, **what: Any) -> str | None:
     """See ``dispatch.Twin``."""
     reason = unsupported_device(device)
-    if reason is None and pages is not None:
-        for bits, codes in (
-            (pages.format.k_bits, pages.k_codes),
-            (pages.format.v_bits, pages.v_codes),
-        ):
-            if bits == 16 and codes.dtype is not torch.float32:
-                return f"float pages must be fp32, not {codes.dtype}"
-    return reason
+    return reason if reason or pages is None else unsupported_floats(pages)
 
 
 def kv_append(

@@ -7,7 +7,11 @@ from qoq.formats.kv import KVPages
 from qoq.kernels.cpu.backend import address
 
 Half = tuple[int, int, int, int]
-"""Bits of K or V pages, and the addresses of codes, scale and offset (0 where there are none)."""
+"""Bits of K or V pages (floats: 16 for bf16, 32 for fp32), and the addresses of codes, scale and
+offset (0 where there are none)."""
+
+FLOATS = (torch.bfloat16, torch.float32)
+"""What float pages may hold."""
 
 
 def page_halves(pages: KVPages, kv_heads: int, dim: int) -> tuple[Half, Half]:
@@ -19,11 +23,25 @@ def page_halves(pages: KVPages, kv_heads: int, dim: int) -> tuple[Half, Half]:
     )
 
 
+def unsupported_floats(pages: KVPages) -> str | None:
+    """Why the kernels cannot read or write the float halves of ``pages``, or None."""
+    for bits, codes in (
+        (pages.format.k_bits, pages.k_codes),
+        (pages.format.v_bits, pages.v_codes),
+    ):
+        if bits == 16 and codes.dtype not in FLOATS:
+            return f"float pages must be bf16 or fp32, not {codes.dtype}"
+    return None
+
+
 def _half(
     bits: int, codes: Tensor, scale: Tensor, offset: Tensor, shape: tuple[int, int, int], dim: int
 ) -> Half:
     if bits == 16:
-        return bits, address(codes, torch.float32, *shape, dim), 0, 0
+        dtype = codes.dtype
+        if dtype not in FLOATS:
+            raise ValueError(f"float pages must be bf16 or fp32, not {dtype}")
+        return 8 * dtype.itemsize, address(codes, dtype, *shape, dim), 0, 0
     return (
         bits,
         address(codes, torch.uint8, *shape, dim * bits // 8),
