@@ -3,6 +3,7 @@
 # make test    run the tests
 # make sanitize    run the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx    run the amx kernels' own machine code on a processor that has AVX-512 but no AMX
+# make emulate-arm    cross-compile the kernels for Arm and test them on emulated processors
 # make lint    ruff, mypy, formats of Python and C++      make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
@@ -23,9 +24,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
-FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp tests/arm/*.cpp tests/arm/*.h)
 
-.PHONY: demo accuracy test sanitize emulate-amx lint format clean
+.PHONY: demo accuracy test sanitize emulate-amx emulate-arm lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -70,6 +71,23 @@ emulate-amx: $(STAMP)
 	QOQ_TEST_AMX=only QOQ_ISA=amx QOQ_NATIVE=$$(ls $(EMULATE)/_C*.so) PYTHONPATH=tests \
 	    QOQ_AMX_EMULATOR=$(CURDIR)/$(EMULATE)/libamx_emulator.so \
 	    $(BIN)/python -m pytest --capture=sys -p helpers.native tests/amx tests/kernels/cpu
+
+# The Arm kernels on a processor with I8MM, one with dot products alone, and one with neither.
+ARM := build/arm
+ARM_CXX := aarch64-linux-gnu-g++
+ARM_PROCESSORS := max:i8mm neoverse-n1:dotprod cortex-a53:neon
+emulate-arm: $(STAMP)
+	@for tool in $(ARM_CXX) qemu-aarch64; do command -v $$tool >/dev/null || { \
+	    echo "$$tool is missing; install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)"; \
+	    exit 1; }; done
+	$(BIN)/python -m pip install --quiet cmake ninja
+	$(BIN)/cmake -S . -B $(ARM) -G Ninja -DQOQ_CHECK=ON -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_SYSTEM_NAME=Linux \
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX) \
+	    -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build $(ARM)
+	for it in $(ARM_PROCESSORS); do \
+	    echo "$${it%:*}" && qemu-aarch64 -cpu $${it%:*} $(ARM)/check $${it#*:} || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
