@@ -64,7 +64,7 @@ Weight group_weight(int64_t n, int64_t k, int64_t group) {
 }
 
 void linear(const Weight& w, int64_t m, const char* name, const std::vector<Variant>& variants) {
-  const std::vector<int8_t> x = integers<int8_t>(m * w.k, -127, 127);
+  const std::vector<int8_t> x = integers<int8_t>(m * w.k, -128, 127);  // -128 is no code, but exact
   const std::vector<float> act_scale = scales(m), bias = floats(any(0, 1) ? w.n : 0);
   const int64_t stride = w.n + any(0, 3);
   std::vector<int32_t> row_sum(m);

@@ -55,12 +55,17 @@ void direct(const LinearArgs& a, int64_t tile, int64_t row) {
       const uint8_t* codes = w.codes + tile * (w.k / 8) * kQuad + part * kBytes;
       const uint8_t* groups = kGroups ? w.groups + tile * (w.k / w.group) * 2 * kTile : nullptr;
       const int64_t pairs_per_group = (kGroups ? w.group : w.k) / 8;
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = splat(kMiddle * a.row_sum[row + r]);
+      // Codes without groups are below 128, and need no centering.
+      if constexpr (kGroups && kMiddle != 0)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) sums[r][v] = splat(kMiddle * a.row_sum[row + r]);
       for (int64_t pair = 0; pair < w.k / 8; groups += 2 * kTile) {
         GroupScales scales[V];
         if constexpr (kGroups)
-          for (int v = 0; v < V; ++v) scales[v] = load_group(groups, part + v);
+          for (int v = 0; v < V; ++v) {
+            scales[v] = load_group(groups, part + v);
+            scales[v].offset = centered(scales[v].offset);  // and with it the sums
+          }
         for (const int64_t end = pair + pairs_per_group; pair < end; ++pair) {
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) {
@@ -69,7 +74,6 @@ void direct(const LinearArgs& a, int64_t tile, int64_t row) {
             const U8 packed = load<U8>(p);
             U8 low = low_nibbles(packed), high = high_nibbles(packed);
             if constexpr (kGroups) low = scaled(low, scales[v]), high = scaled(high, scales[v]);
-            low = centered(low), high = centered(high);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
               sums[r][v] = dot8(sums[r][v], low, high, a.codes + (row + r) * w.k + pair * 8);

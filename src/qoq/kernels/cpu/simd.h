@@ -23,7 +23,7 @@ constexpr int kMaxRows = 6;  // rows x 4 vectors of sums fill the register file
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
 constexpr int kMaxRows = 2;
-#elif defined(QOQ_NEON)
+#elif defined(QOQ_NEON) && defined(__ARM_FEATURE_DOTPROD)
 constexpr int kBytes = 16;
 constexpr int kMaxRows = 4;
 #else
