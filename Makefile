@@ -3,10 +3,12 @@
 # make test    run the tests
 # make sanitize    run the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx    run the amx kernels' own machine code on a processor that has AVX-512 but no AMX
+# make check-native    test the kernels on this machine's processor without Python
+# make emulate-arm    likewise on emulated Arm processors
 # make lint    ruff, mypy, formats of Python and C++      make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
-# Every target first makes .venv in this folder, with qoq installed in editable mode and its C++
+# Every other target first makes .venv in this folder, with qoq installed in editable mode and its C++
 # extension compiled; it is compiled again when its sources change.
 
 # The Python to build .venv with: 3.11 or newer.
@@ -23,9 +25,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
-FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp tests/arm/*.cpp tests/arm/*.h)
 
-.PHONY: demo accuracy test sanitize emulate-amx lint format clean
+.PHONY: demo accuracy test sanitize emulate-amx check-native emulate-arm lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -70,6 +72,27 @@ emulate-amx: $(STAMP)
 	QOQ_TEST_AMX=only QOQ_ISA=amx QOQ_NATIVE=$$(ls $(EMULATE)/_C*.so) PYTHONPATH=tests \
 	    QOQ_AMX_EMULATOR=$(CURDIR)/$(EMULATE)/libamx_emulator.so \
 	    $(BIN)/python -m pytest --capture=sys -p helpers.native tests/amx tests/kernels/cpu
+
+# The kernels without Python (tests/arm): for this machine, and for Arm on a processor with I8MM, one
+# with dot products alone, and one with neither.
+NEEDS = @for tool in $(1); do command -v $$tool >/dev/null || { \
+    echo "$$tool is missing; on Debian or Ubuntu: apt install $(2)"; exit 1; }; done
+check-native:
+	$(call NEEDS,cmake,cmake)
+	cmake -S . -B build/check -DQOQ_CHECK=ON
+	cmake --build build/check --parallel
+	build/check/check
+
+ARM := build/arm
+ARM_CXX := aarch64-linux-gnu-g++
+ARM_PROCESSORS := max:i8mm neoverse-n1:dotprod cortex-a53:neon
+emulate-arm:
+	$(call NEEDS,cmake $(ARM_CXX) qemu-aarch64,cmake g++-aarch64-linux-gnu qemu-user)
+	cmake -S . -B $(ARM) -DQOQ_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build $(ARM) --parallel
+	for it in $(ARM_PROCESSORS); do \
+	    echo "$${it%:*}" && qemu-aarch64 -cpu $${it%:*} $(ARM)/check $${it#*:} || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

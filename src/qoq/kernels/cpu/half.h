@@ -10,6 +10,11 @@ namespace {
 inline uint16_t to_half(float x) {
 #if defined(__F16C__)
   return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(QOQ_NEON)
+  const __fp16 half = (__fp16)x;
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
 #else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -29,6 +34,10 @@ inline uint16_t to_half(float x) {
 inline float from_half(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
+#elif defined(QOQ_NEON)
+  __fp16 x;
+  std::memcpy(&x, &half, 2);
+  return (float)x;
 #else
   const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
   uint32_t bits = size << 13;

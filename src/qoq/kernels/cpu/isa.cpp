@@ -9,12 +9,19 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 namespace qoq {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512vnni", "amx", "tiles"};
+constexpr const char* kNames[] = {"portable", "avx2",    "avxvnni", "avx512vnni", "amx",
+                                  "neon",     "dotprod", "i8mm",    "tiles"};
 
 #if defined(__x86_64__)
 
@@ -58,6 +65,31 @@ bool has_tiles(unsigned long long saved, const Registers& seven) {
 }
 #endif
 
+#elif defined(__aarch64__)
+
+// What the system says the processor has, beside the vectors that every AArch64 processor has.
+struct Features {
+  bool dotprod = false, i8mm = false;
+};
+
+Features features() {
+#if defined(__linux__)
+  // CRC32, ATOMICS, ASIMDRDM and ASIMDDP: the compiler's flags for dot products mean all of Armv8.2.
+  constexpr unsigned long kDotProd = 1ul << 7 | 1ul << 8 | 1ul << 12 | 1ul << 20;
+  constexpr unsigned long kI8mm = 1ul << 13;
+  return {(getauxval(AT_HWCAP) & kDotProd) == kDotProd, (getauxval(AT_HWCAP2) & kI8mm) != 0};
+#elif defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value == 1;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#else
+  return {};
+#endif
+}
+
 #endif
 
 }  // namespace
@@ -92,6 +124,17 @@ std::vector<Isa> usable_isas() {
 #endif
 #ifdef QOQ_HAS_amx
   if (has_tiles(saved, seven)) found.push_back(Isa::amx);
+#endif
+#elif defined(__aarch64__)
+  [[maybe_unused]] const Features has = features();
+#ifdef QOQ_HAS_neon
+  found.push_back(Isa::neon);
+#endif
+#ifdef QOQ_HAS_dotprod
+  if (has.dotprod) found.push_back(Isa::dotprod);
+#endif
+#ifdef QOQ_HAS_i8mm
+  if (has.dotprod && has.i8mm) found.push_back(Isa::i8mm);
 #endif
 #endif
   return found;

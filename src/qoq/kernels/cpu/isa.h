@@ -6,9 +6,10 @@
 
 namespace qoq {
 
-// Slowest first. Each level's kernels are compiled with that level's flags and no others. `tiles` is
-// the code of amx with its tile registers imitated: slow, and there for tests on other machines.
-enum class Isa { portable, avx2, avxvnni, avx512vnni, amx, tiles };
+// Slowest first: x86's after `portable`, then Arm's. Each level's kernels are compiled with that
+// level's flags and no others. `tiles` is the code of amx with its tile registers imitated: slow, and
+// there for tests on other machines.
+enum class Isa { portable, avx2, avxvnni, avx512vnni, amx, neon, dotprod, i8mm, tiles };
 
 const char* isa_name(Isa isa);
 

@@ -21,12 +21,19 @@ namespace {
 #ifdef QOQ_FOLDS
 constexpr int kDirectRows = 2, kDirectMost = 2;
 constexpr bool kFolds = true;
+#elif defined(QOQ_NEON)
+constexpr int kDirectRows = 6, kDirectMost = 18;
+constexpr bool kFolds = false;
 #else
 constexpr int kDirectRows = kBytes == 64 ? 8 : 4, kDirectMost = kBytes == 64 ? 48 : 16;
 constexpr bool kFolds = false;
 #endif
 // Sums in registers, beside codes and scales: rows x vectors of channels.
+#ifdef QOQ_NEON
+constexpr int kDirectSums = 12;
+#else
 constexpr int kDirectSums = kBytes == 64 ? 16 : 8;
+#endif
 // Quads unpacked at a time. Few rows make little use of them, so they should never leave the
 // first-level cache (16 KB); with many rows sums that wait for the next chunk cost more (128 KB).
 constexpr int64_t kFewQuads = 64, kManyQuads = 512;
@@ -48,10 +55,17 @@ void direct(const LinearArgs& a, int64_t tile, int64_t row) {
       const uint8_t* codes = w.codes + tile * (w.k / 8) * kQuad + part * kBytes;
       const uint8_t* groups = kGroups ? w.groups + tile * (w.k / w.group) * 2 * kTile : nullptr;
       const int64_t pairs_per_group = (kGroups ? w.group : w.k) / 8;
+      // Codes without groups are below 128, and need no centering.
+      if constexpr (kGroups && kMiddle != 0)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) sums[r][v] = splat(kMiddle * a.row_sum[row + r]);
       for (int64_t pair = 0; pair < w.k / 8; groups += 2 * kTile) {
         GroupScales scales[V];
         if constexpr (kGroups)
-          for (int v = 0; v < V; ++v) scales[v] = load_group(groups, part + v);
+          for (int v = 0; v < V; ++v) {
+            scales[v] = load_group(groups, part + v);
+            scales[v].offset = centered(scales[v].offset);  // and with it the sums
+          }
         for (const int64_t end = pair + pairs_per_group; pair < end; ++pair) {
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) {
@@ -61,10 +75,8 @@ void direct(const LinearArgs& a, int64_t tile, int64_t row) {
             U8 low = low_nibbles(packed), high = high_nibbles(packed);
             if constexpr (kGroups) low = scaled(low, scales[v]), high = scaled(high, scales[v]);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-              const int8_t* x = a.codes + (row + r) * w.k + pair * 8;
-              sums[r][v] = dot4(dot4(sums[r][v], low, x), high, x + 4);
-            }
+            for (int r = 0; r < R; ++r)
+              sums[r][v] = dot8(sums[r][v], low, high, a.codes + (row + r) * w.k + pair * 8);
           }
         }
       }

@@ -13,10 +13,32 @@ template <int R, int V>
 inline __attribute__((always_inline)) void multiply(const int8_t* rows, int64_t row_stride,
                                                     const uint8_t* bytes, int64_t quad_stride,
                                                     int64_t quads, S32 (&sums)[R][V]) {
-  for (int64_t quad = 0; quad < quads; ++quad) {
+  if constexpr (kMiddle != 0)
+    for (int r = 0; r < R; ++r) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < quads * 4; ++i) sum += rows[r * row_stride + i];
+      for (int v = 0; v < V; ++v) sums[r][v] += kMiddle * sum;
+    }
+  int64_t quad = 0;
+#ifdef QOQ_NEON
+  for (; quad + 2 <= quads; quad += 2) {
+    U8 low[V], high[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* pair = bytes + quad * quad_stride + v * kBytes;
+      low[v] = centered(load<U8>(pair)), high[v] = centered(load<U8>(pair + quad_stride));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        sums[r][v] = dot8(sums[r][v], low[v], high[v], rows + r * row_stride + quad * 4);
+  }
+#endif
+  for (; quad < quads; ++quad) {
     U8 w[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) w[v] = load<U8>(bytes + quad * quad_stride + v * kBytes);
+    for (int v = 0; v < V; ++v) w[v] = centered(load<U8>(bytes + quad * quad_stride + v * kBytes));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

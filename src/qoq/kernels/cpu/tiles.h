@@ -36,7 +36,13 @@ inline GroupScales load_group(const uint8_t* groups, int v) {
 }
 
 inline U8 low_nibbles(U8 packed) { return packed & 0x0f; }
-inline U8 high_nibbles(U8 packed) { return (U8)((U16)packed >> 4) & 0x0f; }
+inline U8 high_nibbles(U8 packed) {
+#ifdef QOQ_NEON
+  return packed >> 4;  // there are shifts of bytes
+#else
+  return (U8)((U16)packed >> 4) & 0x0f;
+#endif
+}
 
 // code * scale + offset in every byte: a 16-bit product scales two codes at once, because
 // 15 * 16 = 240 never carries into the upper one (register-level parallelism, QServe 5.2.3).

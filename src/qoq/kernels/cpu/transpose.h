@@ -49,6 +49,19 @@ inline void columns(const uint8_t* const* rows, int64_t offset, U8 (&out)[8]) {
     out[i] = (U8)_mm256_permute2x128_si256(z[i], z[i + 4], 0x20);
     out[i + 4] = (U8)_mm256_permute2x128_si256(z[i], z[i + 4], 0x31);
   }
+#elif defined(QOQ_NEON)
+  for (int j = 0; j < 8; j += 4) {
+    const auto row = [&](int i) {
+      return vreinterpretq_u32_u8(vld1q_u8(rows[i] + offset + 4 * j));
+    };
+    const uint32x4_t even[2] = {vtrn1q_u32(row(0), row(1)), vtrn1q_u32(row(2), row(3))};
+    const uint32x4_t odd[2] = {vtrn2q_u32(row(0), row(1)), vtrn2q_u32(row(2), row(3))};
+    const auto put = [&](int at, const uint32x4_t(&halves)[2]) {
+      const uint64x2_t a = vreinterpretq_u64_u32(halves[0]), b = vreinterpretq_u64_u32(halves[1]);
+      out[j + at] = (U8)vtrn1q_u64(a, b), out[j + at + 2] = (U8)vtrn2q_u64(a, b);
+    };
+    put(0, even), put(1, odd);
+  }
 #else
   for (int j = 0; j < 8; ++j)
     for (int i = 0; i < kLanes; ++i)
@@ -75,6 +88,11 @@ inline U8 quad_of_rows(const uint8_t* const* rows, int64_t offset) {
       _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return (U8)_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(turn));
+#elif defined(QOQ_NEON)
+  uint32_t row[4];
+  for (int t = 0; t < 4; ++t) std::memcpy(&row[t], rows[t] + offset, 4);
+  const U8 turn = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return (U8)vqtbl1q_u8(vreinterpretq_u8_u32(vld1q_u32(row)), (uint8x16_t)turn);
 #else
   U8 out;
   for (int i = 0; i < kLanes; ++i)
@@ -89,6 +107,9 @@ inline void widen(const uint16_t* halves, int64_t count, float* out) {
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(halves + i))));
+#elif defined(QOQ_NEON)
+  for (; i + 4 <= count; i += 4)
+    vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + i))));
 #endif
   for (; i < count; ++i) out[i] = from_half(halves[i]);
 }
