@@ -151,7 +151,7 @@ class ChatTemplate:
         return str(text)
 
     def warm_up(self) -> None:
-        """Import and compile what rendering needs; a template's complaints wait for real messages."""
+        """Import and compile what rendering needs; complaints wait for real messages."""
         try:
             self.render([{"role": "user", "content": ""}])
         except RequestError:

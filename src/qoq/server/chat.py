@@ -28,7 +28,7 @@ def routes(context: Context) -> APIRouter:
         job = await _Job.make(context, body, request)
         generation = await begin(context, request, job.texts)
         if body.stream:
-            return EventStream(job.events(generation), generation)
+            return EventStream(job.events(generation), generation, request_id(request))
         return JSONResponse(job.answer(await answers(request, generation)))
 
     return router
@@ -83,7 +83,12 @@ class _Job:
         choices = []
         for index, text in enumerate(texts):
             tally.add(0, text)
-            message = {"role": "assistant", "content": text.text, "refusal": None, "tool_calls": []}
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": text.text,
+                "refusal": None,
+                "tool_calls": [],
+            }
             choices.append(self._choice(index, {"message": message}, text))
         self._note(tally)
         return {**self._head("chat.completion"), "choices": choices, "usage": tally.usage()}

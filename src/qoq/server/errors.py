@@ -105,7 +105,10 @@ def to_api_error(error: Exception) -> APIError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app`` in OpenAI's shape, those of the framework included."""
+    """Answer every error of ``app`` in OpenAI's shape, those of the framework included.
+
+    Other exceptions are bugs; the outermost middleware answers them.
+    """
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         return to_api_error(error).response()
@@ -125,7 +128,6 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, known)
 
 
 def _validation(details: Any) -> APIError:

@@ -15,16 +15,21 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qoq.server.errors import CLIENT_GONE, APIError
+from qoq.server.errors import CLIENT_GONE, APIError, to_api_error
 
 _LOG = logging.getLogger("qoq.access")
+_ERRORS = logging.getLogger("qoq.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Open to all: what balancers, dashboards and readers of the documentation ask for.
 _OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/")
 
 
 class RequestIds:
-    """Gives each request an id (the client's X-Request-Id if it is sound) and one line in the log."""
+    """Gives each request an id (the client's X-Request-Id if it is sound) and a line in the log.
+
+    An exception that nothing else has turned into an answer is a bug: it is logged under the id and
+    becomes a 500 that says so.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,17 +42,21 @@ class RequestIds:
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        start, status = time.monotonic(), CLIENT_GONE
+        start, status, begun = time.monotonic(), CLIENT_GONE, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, answer)
+        except Exception as error:
+            _ERRORS.exception("a request has failed", extra={"facts": {"request_id": request_id}})
+            if not begun:
+                await to_api_error(error).response()(scope, receive, answer)
         finally:
             client = scope.get("client")
             facts = {
@@ -66,7 +75,7 @@ class ApiKeys:
     """Lets in requests with one of the keys as bearer token."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], root_path: str = "") -> None:
-        """Digests of equal length are compared in constant time, so nothing tells how close one is."""
+        """Digests are compared in constant time, so that no answer tells how close a key is."""
         self._app = app
         self._digests = [_digest(key) for key in keys]
         self._root_path = root_path.rstrip("/")

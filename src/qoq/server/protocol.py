@@ -1,7 +1,8 @@
 """What clients send to /v1/completions and /v1/chat/completions: OpenAI's fields, and vLLM's.
 
-Fields we do not know are accepted and ignored, as clients of other servers expect. Fields we know but
-cannot honour yet are refused by name (``unsupported``); ranges of numbers are the engine's matter.
+Fields we do not know are accepted and ignored, as clients of other servers expect. Fields we know
+but cannot honour yet are refused by name (``unsupported``); ranges of numbers are the engine's
+matter.
 """
 
 from typing import Annotated, Any, Literal
@@ -181,7 +182,7 @@ class ResponsesRequest(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     stream: bool | None = False
     metadata: dict[str, Any] | None = None
     user: str | None = None

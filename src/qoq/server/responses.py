@@ -31,7 +31,7 @@ def routes(context: Context) -> APIRouter:
         job = await _Job.make(context, body, request)
         generation = await begin(context, request, job.texts)
         if body.stream:
-            return EventStream(job.events(generation), generation)
+            return EventStream(job.events(generation), generation, request_id(request))
         [text] = await answers(request, generation)
         return JSONResponse(job.finished(text))
 

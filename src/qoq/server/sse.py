@@ -25,12 +25,14 @@ def event(value: dict[str, Any], name: str | None = None) -> str:
 class EventStream(StreamingResponse):
     """Sends events; whatever ends it (the last one, a hang-up, a shutdown) frees the generation."""
 
-    def __init__(self, events: Events, generation: Generation) -> None:
+    def __init__(self, events: Events, generation: Generation, request_id: str) -> None:
         """An exception in ``events`` becomes a last event with the error, as the status is out."""
         self._events = events
         self._generation = generation
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_guarded(events), media_type="text/event-stream", headers=headers)
+        super().__init__(
+            _guarded(events, request_id), media_type="text/event-stream", headers=headers
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -40,13 +42,13 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
 
-async def _guarded(events: Events) -> Events:
+async def _guarded(events: Events, request_id: str) -> Events:
     try:
         async for item in events:
             yield item
     except Exception as error:
         told = to_api_error(error)
         if told.status == 500:
-            _LOG.exception("a stream has failed")
+            _LOG.exception("a stream has failed", extra={"facts": {"request_id": request_id}})
         yield event(told.body())
         yield DONE

@@ -8,7 +8,7 @@ from qoq.server.protocol import usage
 
 
 class Tally:
-    """Counts tokens over all texts of an answer; a prompt counts once, however many texts it has."""
+    """Counts tokens over all texts of an answer; a prompt counts once, whatever ``n`` is."""
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self.prompt_tokens = sum(len(ids) for ids in prompts)

@@ -1,11 +1,12 @@
 """Chat templates in a process of their own, so that one that loops or explodes can be killed.
 
-A template is a program that came with the model. The sandbox keeps it from files and from our objects,
-not from ``9**9**9`` or nested loops, which no thread can be stopped in. So a child process renders it:
-a request that takes longer than the limit is refused, the child killed, and the next request gets a
-fresh one. The child's memory is limited too, where the system can do that.
+A template is a program that came with the model. The sandbox keeps it from files and from our
+objects, not from ``9**9**9`` or nested loops, which no thread can be stopped in. So a child process
+renders it: a rendering that takes longer than the limit is refused, the child killed, and the next
+conversation gets a fresh one. The child's memory is limited too, where the system can do that.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -98,7 +99,5 @@ class TemplateProcess:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written: nobody reads it
                     pipe.close()
-                except OSError:  # what was still to be written has nobody to read it
-                    pass
