@@ -1,10 +1,14 @@
 """The start report: what runs here, and how much fits."""
 
+import logging
 from typing import Any
 
 from qoq import __version__
 from qoq.kernels.dispatch import describe
+from qoq.server.logs import LogFormat
 from qoq.server.model import ServedModel
+
+_LOG = logging.getLogger("qoq.server")
 
 
 def start_report(model: ServedModel) -> dict[str, Any]:
@@ -45,3 +49,13 @@ def _ops(model: ServedModel) -> dict[str, str]:
     if model.backend == "oracle":
         return {op: "oracle (asked for)" for op, _ in describe("cpu")}
     return dict(describe(model.pool.layers[0].k_codes.device))
+
+
+def announce(model: ServedModel, form: LogFormat) -> None:
+    """Put the report in the log: a line each, or one with all the facts for machines."""
+    report = start_report(model)
+    if form == "json":
+        _LOG.info("start report", extra={"facts": report})
+        return
+    for line in report_lines(report):
+        _LOG.info(line)
