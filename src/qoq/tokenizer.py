@@ -150,13 +150,6 @@ class ChatTemplate:
             raise RequestError(f"The chat template refuses these messages: {error}") from error
         return str(text)
 
-    def warm_up(self) -> None:
-        """Import and compile what rendering needs; complaints wait for real messages."""
-        try:
-            self.render([{"role": "user", "content": ""}])
-        except RequestError:
-            return
-
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
         return asdict(self)

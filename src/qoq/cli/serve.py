@@ -161,7 +161,7 @@ def serve(
     from qoq.server.app import create_app
     from qoq.server.model import EngineOptions, load_served_model
     from qoq.server.report import announce
-    from qoq.server.run import Transport, bind, configure_logs, run_server
+    from qoq.server.run import Transport, bind, configure_logs, make_server
     from qoq.server.settings import ServerSettings
 
     settings = ServerSettings(
@@ -200,8 +200,9 @@ def serve(
         configure_logs(transport.log_format, transport.log_level)
         served = load_served_model(model, options)
         announce(served, transport.log_format)
-        status = run_server(create_app(served, settings), settings, sock, transport)
-    raise typer.Exit(status)
+        server = make_server(create_app(served, settings), settings, transport)
+        server.run(sockets=[sock])
+    raise typer.Exit(server.status)
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

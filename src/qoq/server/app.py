@@ -17,6 +17,7 @@ from qoq.server.middleware import ApiKeys, BodyLimits, RequestIds
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
+from qoq.server.wire import JSONAnswer
 
 
 def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
@@ -44,6 +45,7 @@ def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         description="OpenAI-compatible server of a W4A8KV4 model.",
         root_path=settings.root_path,
         lifespan=lifespan,
+        default_response_class=JSONAnswer,
     )
     app.state.context = context
     add_handlers(app)

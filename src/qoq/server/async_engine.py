@@ -194,10 +194,11 @@ class AsyncEngine:
             while not (self._inbox or self._stopping or self._engine.unfinished):
                 self._door.wait()
             commands, self._inbox = self._inbox, []
-            if self._stopping:
-                return False
+            stopping = self._stopping
         for command in commands:
-            command()
+            command()  # aborts too, so that an engine that is left is left empty
+        if stopping:
+            return False
         if not self._engine.unfinished:
             self._send([], stepped=False)
             return True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from qoq.server.context import Context, Texts, answers, begin, note, request_id
 from qoq.server.errors import bad_request
@@ -16,6 +16,7 @@ from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, EventStream, event
 from qoq.server.tally import Tally
 from qoq.server.unsupported import refuse_unsupported
+from qoq.server.wire import JSONAnswer
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -31,7 +32,7 @@ def routes(context: Context) -> APIRouter:
         generation = await begin(context, request, job.texts)
         if body.stream:
             return EventStream(job.events(generation), generation, request_id(request))
-        return JSONResponse(job.answer(await answers(request, generation)))
+        return JSONAnswer(job.answer(await answers(request, generation)))
 
     return router
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from qoq.errors import RequestError
+from qoq.server.wire import JSONAnswer
 
 RETRY_AFTER_S = 5  # how long a client that found no room should stay away
 CLIENT_GONE = 499  # what the log says of a request whose client hung up; nobody reads the answer
@@ -61,9 +61,9 @@ class APIError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
+    def response(self) -> JSONAnswer:
         """The whole answer, headers included."""
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+        return JSONAnswer(self.body(), self.status, headers=self.headers)
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> APIError:
@@ -110,14 +110,14 @@ def add_handlers(app: FastAPI) -> None:
     Other exceptions are bugs; the outermost middleware answers them.
     """
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
+    async def known(_: Request, error: Exception) -> JSONAnswer:
         return to_api_error(error).response()
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(_: Request, error: Exception) -> JSONAnswer:
         details = error.errors() if isinstance(error, RequestValidationError) else []
         return _validation(details).response()
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
+    async def http(_: Request, error: Exception) -> JSONAnswer:
         status = error.status_code if isinstance(error, HTTPException) else 500
         detail = str(error.detail) if isinstance(error, HTTPException) else "Internal error."
         answer = APIError(status, detail)

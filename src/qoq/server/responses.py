@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 
 from qoq.engine.request import SamplingParams
@@ -19,6 +19,7 @@ from qoq.server.sampling import Ends, sampling_params
 from qoq.server.sse import Events, EventStream, event
 from qoq.server.tally import Tally
 from qoq.server.unsupported import refuse_unsupported
+from qoq.server.wire import JSONAnswer
 
 
 def routes(context: Context) -> APIRouter:
@@ -33,7 +34,7 @@ def routes(context: Context) -> APIRouter:
         if body.stream:
             return EventStream(job.events(generation), generation, request_id(request))
         [text] = await answers(request, generation)
-        return JSONResponse(job.finished(text))
+        return JSONAnswer(job.finished(text))
 
     return router
 

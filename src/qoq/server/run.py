@@ -1,4 +1,4 @@
-"""run_server: an app behind sockets until a signal, or the engine's death, ends it."""
+"""Server: an app behind sockets until a signal, or the engine's death, ends it."""
 
 import asyncio
 import logging
@@ -59,14 +59,8 @@ def configure_logs(form: LogFormat, level: str) -> None:
     logging.config.dictConfig(log_config(form, level))
 
 
-def run_server(
-    app: FastAPI, settings: ServerSettings, sock: socket.socket, transport: Transport
-) -> int:
-    """Serve until the end; returns the exit status.
-
-    SIGTERM drains and gives 0, Ctrl-C the same and 130 (a second one ends at once), the engine's
-    death 1.
-    """
+def make_server(app: FastAPI, settings: ServerSettings, transport: Transport) -> "Server":
+    """A server for an app that ``create_app`` made; ``run(sockets=[...])`` serves until the end."""
     config = uvicorn.Config(
         app,
         log_config=log_config(transport.log_format, transport.log_level),
@@ -78,12 +72,10 @@ def run_server(
         server_header=False,
         timeout_graceful_shutdown=round(settings.shutdown_timeout + _GOODBYE_S),
     )
-    server = _Server(config, app.state.context.engine, settings.shutdown_timeout, transport.scheme)
-    server.run(sockets=[sock])
-    return server.status
+    return Server(config, app.state.context.engine, settings.shutdown_timeout, transport.scheme)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server: the engine's drain is in its shutdown, its death a reason for it."""
 
     def __init__(
@@ -98,7 +90,7 @@ class _Server(uvicorn.Server):
 
     @property
     def status(self) -> int:
-        """The exit status so far."""
+        """The exit status: 0 after SIGTERM, 130 after Ctrl-C, 1 after the engine's death."""
         if self._engine.death is not None or not self.started:
             return DIED
         return INTERRUPTED if self._interrupted else 0
@@ -119,7 +111,10 @@ class _Server(uvicorn.Server):
             _LOG.warning("requests that were still open after the drain have been ended")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Remembers the signal for the exit status; uvicorn would die of it again at the end."""
+        """The first signal drains, a second Ctrl-C ends at once.
+
+        uvicorn would die of the signal again at the end; here it becomes the exit status.
+        """
         self._interrupted = sig == signal.SIGINT
         if self.should_exit and self._interrupted:
             self.force_exit = True

@@ -1,6 +1,5 @@
 """Server-sent events: a generator of JSON objects as a response that never leaves it running."""
 
-import json
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -10,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from qoq.server.errors import to_api_error
 from qoq.server.generation import Generation
+from qoq.server.wire import dumps
 
 _LOG = logging.getLogger("qoq.server")
 DONE = "data: [DONE]\n\n"
@@ -18,7 +18,7 @@ Events = AsyncGenerator[str, None]
 
 def event(value: dict[str, Any], name: str | None = None) -> str:
     """One event; ``name`` where the client tells events apart by it."""
-    data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = dumps(value)
     return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
 
 

@@ -16,7 +16,9 @@ def main() -> None:
     """The first line holds the template; each further one a conversation. Ends with its input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     template = ChatTemplate.from_json(json.loads(sys.stdin.readline()))
-    template.warm_up()
+    # Import what renders, but not yet with the model's template: its constants are computed when it
+    # is compiled, so that too must fall under the limits of a request.
+    ChatTemplate("", {}).render([{}])
     _limit_memory()
     _write({"text": "ready"})
     for line in sys.stdin:
