@@ -1,8 +1,10 @@
 """Behind a real socket: hang-ups, death, and a process that drains on SIGTERM."""
 
 import json
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -157,3 +159,21 @@ def test_address_in_use_is_told_before_the_model_is_read(tmp_path: Path) -> None
         port = taken.getsockname()[1]
         result = run("serve", tmp_path / "no-model", "--port", port, status=1)
     assert "in use" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(folder: Path, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with process(folder, "--ssl-keyfile", key, "--ssl-certfile", certificate) as (_, url, _):
+        assert url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{url}/health", verify=context).status_code == 200

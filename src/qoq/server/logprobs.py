@@ -1,11 +1,13 @@
 """Logprobs on the wire: the chat shape and the older one of completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qoq.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no -Infinity; clients of other servers know this number for it
+# For each token the likeliest ones at its place: id -> logprob.
+Likeliest = Sequence[Mapping[int, float]]
 
 
 class LogprobWriter:
@@ -29,38 +31,57 @@ class LogprobWriter:
             text = self._seen[token_id] = whole[len(self._prefix) :]
         return text
 
-    def chat(self, ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+    def chat(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Likeliest | None = None
+    ) -> dict[str, Any]:
         """``choices[].logprobs`` of chat completions."""
+        tops = likeliest or [{}] * len(ids)
         return {
             "content": [
                 {
-                    "token": self.token(token_id),
-                    "logprob": _finite(logprob),
-                    "bytes": list(self.token(token_id).encode()),
-                    "top_logprobs": [],
+                    **self._entry(token_id, logprob),
+                    "top_logprobs": [self._entry(i, value) for i, value in _ranked(top)],
                 }
-                for token_id, logprob in zip(ids, logprobs, strict=True)
+                for token_id, logprob, top in zip(ids, logprobs, tops, strict=True)
             ]
         }
 
     def completion(
-        self, ids: Sequence[int], logprobs: Sequence[float], offset: int
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float | None],
+        offset: int,
+        likeliest: Likeliest | None = None,
     ) -> dict[str, Any]:
-        """``choices[].logprobs`` of completions; ``offset``: characters of the text before."""
-        tokens = [self.token(token_id) for token_id in ids]
+        """``choices[].logprobs`` of completions; ``offset``: characters of the text before.
+
+        A prompt's first token has no logprob: None. ``top_logprobs`` always has the token itself.
+        """
         offsets = []
-        for token in tokens:
+        for token_id in ids:
             offsets.append(offset)
-            offset += len(token)
-        numbers = [_finite(logprob) for logprob in logprobs]
+            offset += len(self.token(token_id))
+        tops = []
+        for token_id, logprob, top in zip(ids, logprobs, likeliest or [{}] * len(ids), strict=True):
+            shown = {self.token(i): _finite(value) for i, value in _ranked(top)}
+            if logprob is not None:
+                shown.setdefault(self.token(token_id), _finite(logprob))
+            tops.append(None if logprob is None else shown)
         return {
-            "tokens": tokens,
-            "token_logprobs": numbers,
-            "top_logprobs": [
-                {token: number} for token, number in zip(tokens, numbers, strict=True)
-            ],
+            "tokens": [self.token(token_id) for token_id in ids],
+            "token_logprobs": [None if p is None else _finite(p) for p in logprobs],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token = self.token(token_id)
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+
+
+def _ranked(top: Mapping[int, float]) -> list[tuple[int, float]]:
+    """The likeliest first."""
+    return sorted(top.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _finite(logprob: float) -> float:
