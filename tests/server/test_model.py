@@ -13,6 +13,7 @@ from qoq.server.logs import JsonFormatter, TextFormatter
 from qoq.server.model import ServedModel, sampling_defaults
 from qoq.server.report import report_lines, start_report
 from qoq.server.sampling import Ends, sampling_params
+from qoq.server.settings import ServerSettings
 
 
 def test_cache_is_what_was_asked_for(folder: Path, model: ServedModel) -> None:
@@ -72,6 +73,23 @@ def test_requests_win_over_defaults() -> None:
     body.temperature = None
     [neutral] = sampling_params(body, Ends(), {}, max_tokens=3, vocab=10)
     assert (neutral.temperature, neutral.top_p) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"served_model_names": ()},
+        {"served_model_names": ("",)},
+        {"max_queued": -1},
+        {"max_request_bytes": 0},
+        {"request_timeout": 0.0},
+        {"template_timeout": float("nan")},
+        {"shutdown_timeout": -1.0},
+    ],
+)
+def test_settings_that_let_nothing_through(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        ServerSettings(**{"served_model_names": ("a",), **wrong})
 
 
 def test_start_report(model: ServedModel) -> None:

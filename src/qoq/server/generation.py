@@ -25,13 +25,16 @@ class Delta:
     admitted_at: float | None = None
     at: float = 0.0
 
-    def then(self, later: "Delta") -> "Delta":
-        """Both in one, for a reader that is slower than the engine."""
+    @classmethod
+    def joined(cls, deltas: Sequence["Delta"]) -> "Delta":
+        """All of them in one; what is no sequence is that of the last."""
+        if not deltas:
+            return cls()
         return replace(
-            later,
-            text=self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=self.logprobs + later.logprobs,
+            deltas[-1],
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(i for delta in deltas for i in delta.token_ids),
+            logprobs=tuple(p for delta in deltas for p in delta.logprobs),
         )
 
 
@@ -56,7 +59,7 @@ class Ticket:
 class Generation:
     """The texts that one HTTP request asked for; iterate for (index of the text, Delta).
 
-    Lives on the event loop alone. What arrives while nobody reads is merged, so a slow reader costs
+    Lives on the event loop alone. What arrives while nobody reads is joined, so a slow reader gets
     one Delta per text. Leave it by its end or by ``abort``; both free what the engine holds.
     """
 
@@ -72,7 +75,7 @@ class Generation:
         self._give_up = give_up
         self._time_limit = time_limit
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
-        self._pending: dict[int, Delta] = {}
+        self._pending: dict[int, list[Delta]] = {}
         self._failure: Exception | None = None
         self._news = asyncio.Event()
 
@@ -90,14 +93,14 @@ class Generation:
                 raise StopAsyncIteration
             await self._wait()
         index = next(iter(self._pending))
-        return index, self._pending.pop(index)
+        return index, Delta.joined(self._pending.pop(index))
 
     async def answers(self) -> list[Delta]:
         """Every text whole, in order."""
-        whole = [Delta() for _ in self.tickets]
+        parts: list[list[Delta]] = [[] for _ in self.tickets]
         async for index, delta in self:
-            whole[index] = whole[index].then(delta)
-        return whole
+            parts[index].append(delta)
+        return [Delta.joined(deltas) for deltas in parts]
 
     def abort(self) -> None:
         """Have the engine drop what is still open; harmless at the end."""
@@ -107,8 +110,7 @@ class Generation:
 
     def push(self, index: int, delta: Delta) -> None:
         """Called by the engine's side, on the event loop."""
-        earlier = self._pending.get(index)
-        self._pending[index] = delta if earlier is None else earlier.then(delta)
+        self._pending.setdefault(index, []).append(delta)
         self._news.set()
 
     def fail(self, error: Exception) -> None:

@@ -43,6 +43,8 @@ class Prompts:
         # No token stands for more characters, so a text this many times longer cannot fit.
         self._longest = max((len(token) for token in tokenizer.hf.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="qoq-tokenizer")
+        # Renderings wait for each other, and for one that is being cut off; tokenizing must not.
+        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="qoq-template")
 
     def start(self) -> None:
         """Have the process that renders chat templates ready."""
@@ -51,7 +53,8 @@ class Prompts:
 
     def close(self) -> None:
         """End threads and process."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._renderer):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._templates is not None:
             self._templates.close()
 
@@ -86,13 +89,14 @@ class Prompts:
                 param="messages",
             )
         plain = [plain_message(message) for message in messages]
-        return await self._off_loop(
+        return await asyncio.get_running_loop().run_in_executor(
+            self._renderer,
             lambda: templates.render(
                 plain,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
-            )
+            ),
         )
 
     async def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

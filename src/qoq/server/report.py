@@ -54,6 +54,13 @@ def _ops(model: ServedModel) -> dict[str, str]:
 def announce(model: ServedModel, form: LogFormat) -> None:
     """Put the report in the log: a line each, or one with all the facts for machines."""
     report = start_report(model)
+    penalty = model.sampling.get("repetition_penalty", 1)
+    if penalty != 1:
+        _LOG.warning(
+            "this model's generation_config.json asks for repetition_penalty %g, which is not "
+            "supported yet and is left out",
+            penalty,
+        )
     if form == "json":
         _LOG.info("start report", extra={"facts": report})
         return

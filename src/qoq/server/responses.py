@@ -104,11 +104,12 @@ class _Job:
         item = {**self._item("", "in_progress"), "content": []}
         yield say("response.output_item.added", output_index=0, item=item)
         yield say("response.content_part.added", **place, part=_part(""))
-        whole = Delta()
+        parts: list[Delta] = []
         async for _, delta in generation:
-            whole = whole.then(delta)
+            parts.append(delta)
             if delta.text:
                 yield say("response.output_text.delta", **place, delta=delta.text, logprobs=[])
+        whole = Delta.joined(parts)
         final = self.finished(whole)
         yield say("response.output_text.done", **place, text=whole.text, logprobs=[])
         yield say("response.content_part.done", **place, part=_part(whole.text))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from qoq.errors import RequestError
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -26,6 +28,18 @@ class ServerSettings:
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for a limit that would let nothing through."""
+        if not self.served_model_names or not all(self.served_model_names):
+            raise RequestError("A served model's name must not be empty.")
+        for name in ("max_request_bytes", "request_timeout", "body_timeout", "template_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RequestError(f"{name} must be above 0, not {value}.")
+        for name in ("max_queued", "shutdown_timeout"):
+            if not getattr(self, name) >= 0:
+                raise RequestError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
     @property
     def name(self) -> str:
