@@ -71,8 +71,8 @@ class Client:
         await heard.wait()
         for _ in range(500):
             stats = self.context.engine.stats
-            if not self.context.engine.num_open and not stats.num_running + stats.num_waiting:
-                assert stats.num_pages_used == 0
+            if not self.context.engine.num_open and not stats.running + stats.waiting:
+                assert stats.kv_pages_used == 0
                 return
             await asyncio.sleep(0.01)
         raise AssertionError(f"the engine still holds {self.context.engine.stats}")
@@ -104,8 +104,8 @@ class LiveServer:
         engine = self.context.engine
         for _ in range(500):
             stats = engine.stats
-            if not engine.num_open and not stats.num_running + stats.num_waiting:
-                assert stats.num_pages_used == 0
+            if not engine.num_open and not stats.running + stats.waiting:
+                assert stats.kv_pages_used == 0
                 return
             time.sleep(0.01)
         raise AssertionError(f"the engine still holds {engine.stats}")

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import serving
 from helpers.serving import Client, client
 from qoq.engine.engine import Engine
 from qoq.server.model import ServedModel
@@ -62,8 +64,9 @@ async def test_time_limit_of_a_request(model: ServedModel, monkeypatch: pytest.M
 
 
 async def test_death_answers_everyone_and_is_seen(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = serving.load(folder)  # not the other tests' engine
     step, count = Engine.step, [0]
 
     def dying(self: Engine) -> Any:
@@ -91,10 +94,6 @@ async def test_death_answers_everyone_and_is_seen(
         assert "retry-after" not in late.headers
         assert (await app.get("/metrics")).status_code == 200
         assert "cable" not in whole.text + late.text
-    model.engine.step = step.__get__(model.engine)  # type: ignore[method-assign]
-    del model.engine.step
-    for request in [*model.engine._running, *model.engine._waiting]:
-        model.engine.abort(request)  # the engine is shared with other tests
 
 
 async def test_drain_lets_open_requests_end(

@@ -79,9 +79,8 @@ def test_client_that_leaves_within_its_body(model: ServedModel) -> None:
         server.until_idle()
 
 
-def test_death_of_the_engine_ends_the_server(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_death_of_the_engine_ends_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = serving.load(folder)  # not the other tests' engine
     with monkeypatch.context() as patch, serving.live(model) as server:
 
         def broken(_: Engine) -> Any:
@@ -93,8 +92,6 @@ def test_death_of_the_engine_ends_the_server(
         server.thread.join(30)
         assert not server.thread.is_alive()
         assert server.server.status == 1
-    for request in [*model.engine._running, *model.engine._waiting]:
-        model.engine.abort(request)  # the engine is shared with other tests
 
 
 @contextmanager

@@ -70,10 +70,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds now, and its counts."""
         return EngineStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_pages=self._pool.num_pages,
-            num_pages_used=self._pool.num_pages - self._allocator.num_free,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_pages_total=self._pool.num_pages,
+            kv_pages_used=self._pool.num_pages - self._allocator.num_free,
             step_tokens=self._step_tokens,
         )
 

@@ -116,14 +116,14 @@ class _EngineNumbers(Collector):
     def collect(self) -> Iterator[Metric]:
         now = self._stats()
         gauges = (
-            ("num_requests_running", "Requests that run.", now.num_running),
-            ("num_requests_waiting", "Requests that wait to run.", now.num_waiting),
+            ("num_requests_running", "Requests that run.", now.running),
+            ("num_requests_waiting", "Requests that wait to run.", now.waiting),
             ("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", now.kv_usage),
         )
         counters = (
-            ("num_preemptions", "Requests sent back to wait.", now.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up.", now.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found.", now.prefix_cache_hits),
+            ("num_preemptions", "Requests sent back to wait.", now.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up.", now.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found.", now.prefix_hits),
         )
         for name, what, value in gauges:
             gauge = GaugeMetricFamily(f"qoq:{name}", what, labels=[_LABEL])
