@@ -71,3 +71,4 @@ def test_the_rule_can_be_broken() -> None:
     assert violations("engine", {"quantize", "errors"}) == {"quantize"}
     assert violations("evaluate", {"llm", "engine"}) == {"llm"}
     assert violations("cli", {"llm", "evaluate", "formats"}) == set()
+    assert violations("server", {"llm", "evaluate", "engine", "kernels"}) == {"llm", "evaluate"}

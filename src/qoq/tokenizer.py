@@ -7,6 +7,7 @@ string.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,19 +85,79 @@ class Tokenizer:
 
         Raises RequestError where the model has no template or the template refuses the messages.
         """
-        if not self.hf.chat_template:
+        text = self.chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, special=False)  # the template has put the special tokens in
+
+    def chat_template(self, source: str | None = None) -> "ChatTemplate":
+        """The model's chat template, or ``source`` in its place; RequestError where there is none.
+
+        A model with several templates, by name, gives its default one.
+        """
+        try:
+            source = source or self.hf.get_chat_template()
+        except ValueError:  # how transformers says that there is none
+            source = None
+        if source is None:
             raise RequestError(
                 "This model has no chat template; give it plain text instead of messages."
             )
+        specials = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        return ChatTemplate(source, specials)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's chat template, rendered in transformers' sandbox.
+
+    specials: what the template may call ``bos_token``, ``eos_token``, ...
+    """
+
+    source: str
+    specials: dict[str, str]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text, special tokens included; ``variables`` are the template's own.
+
+        Raises RequestError where the template refuses the messages, or is none.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise RequestError("The conversation is empty; it needs at least one message.")
+        # Templates test for a key's presence and would print "None" for what is there but empty.
+        kept = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        taken = {"messages", "conversations", "chat_template", "documents"} & set(variables or ())
+        if taken:
+            raise RequestError(f"A chat template's variable cannot be called {min(taken)}.")
         try:
-            text = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
+            [text], _ = render_jinja_template(
+                [kept],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **{**self.specials, **(variables or {})},
             )
         except Exception as error:  # templates are programs: they raise whatever they like
             raise RequestError(f"The chat template refuses these messages: {error}") from error
-        return self.encode(text, special=False)  # the template has put the special tokens in
+        return str(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The reverse of ``to_json``."""
+        return cls(str(value["source"]), dict(value["specials"]))
 
 
 def _eos_ids(file: Path) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from qoq.cli.generate import generate
 from qoq.cli.inspect import inspect
 from qoq.cli.qserve import export_qserve, import_qserve
 from qoq.cli.quantize import quantize
+from qoq.cli.serve import serve
+from qoq.cli.serve_command import ServeCommand, dashes
 
 app = typer.Typer(
     name="qoq",
@@ -67,6 +69,7 @@ benches.command()(crossover)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)
+app.command(cls=ServeCommand, context_settings={"token_normalize_func": dashes})(serve)
 app.command("import-qserve")(import_qserve)
 app.command("export-qserve")(export_qserve)
 app.command("check-env")(check_env)

@@ -6,6 +6,7 @@ chunks begin and end included, depends on the request alone, so its tokens do no
 else is in the batch.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qoq.engine.request import Request, SamplingParams, Update
+from qoq.engine.stats import EngineStats
 from qoq.errors import RequestError
 from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.allocator import PageAllocator
@@ -58,11 +60,22 @@ class Engine:
         self._backend = backend
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._step_tokens = 0
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now, and its counts."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_pages_total=self._pool.num_pages,
+            kv_pages_used=self._pool.num_pages - self._allocator.num_free,
+            step_tokens=self._step_tokens,
+        )
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
         """Put a prompt in line. Raises RequestError where it can never be run."""
@@ -95,6 +108,7 @@ class Engine:
         """One batch through the model: the next token of every request whose prompt is read."""
         self._admit()
         chunks = self._plan()
+        self._step_tokens = sum(stop - request.num_cached for request, stop in chunks)
         if not chunks:
             return []
         batch = self._batch(chunks)
@@ -116,6 +130,7 @@ class Engine:
             if need > self._allocator.num_free:
                 return
             request.pages = self._allocator.allocate(need)
+            request.admitted_at = time.monotonic()
             self._running.append(self._waiting.popleft())
 
     def _plan(self) -> list[tuple[Request, int]]:

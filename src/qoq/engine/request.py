@@ -111,7 +111,8 @@ class Request:
     """A prompt and what has been generated so far.
 
     ``ids`` are prompt and new ids together; ``num_cached`` of them have their keys and values in
-    ``pages``. ``finish_reason`` is None until the text has ended.
+    ``pages``. ``finish_reason`` is None until the text has ended. ``num_cached_prompt_tokens`` were
+    found in the cache when it began; ``admitted_at`` is when that was (time.monotonic()), if yet.
     """
 
     def __init__(
@@ -135,6 +136,8 @@ class Request:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.ids = list(prompt_ids)
         self.num_cached = 0
+        self.num_cached_prompt_tokens = 0
+        self.admitted_at: float | None = None
         self.pages: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""

@@ -1,0 +1,161 @@
+"""POST /v1/completions: texts that continue prompts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from qoq.server.context import Context, Texts, answers, begin, note, request_id
+from qoq.server.errors import bad_request
+from qoq.server.generation import Delta, Generation
+from qoq.server.protocol import CompletionRequest
+from qoq.server.sampling import Ends, check_logprobs, sampling_params
+from qoq.server.sse import DONE, Events, EventStream, event
+from qoq.server.tally import Tally
+from qoq.server.unsupported import refuse_unsupported
+from qoq.server.wire import JSONAnswer
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def routes(context: Context) -> APIRouter:
+    """The route, bound to what it serves."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", tags=["generate"], response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue each prompt: text, token ids, or a list of either."""
+        job = await _Job.make(context, body, request)
+        generation = await begin(context, request, job.texts)
+        if body.stream:
+            return EventStream(job.events(generation), generation, request_id(request))
+        return JSONAnswer(job.answer(await answers(request, generation)))
+
+    return router
+
+
+@dataclass
+class _Job:
+    """One request, its prompts as ids."""
+
+    context: Context
+    body: CompletionRequest
+    request: Request
+    name: str
+    prompts: list[list[int]]
+    shown: list[str]  # what goes before each prompt's texts (echo)
+    texts: Texts
+    id: str
+    created: int
+
+    @classmethod
+    async def make(cls, context: Context, body: CompletionRequest, request: Request) -> "_Job":
+        """Check everything that can be checked before the engine sees it."""
+        name = context.check_model(body.model)
+        check_logprobs(body.logprobs, "logprobs")
+        check_logprobs(body.prompt_logprobs, "prompt_logprobs")
+        # With echo, logprobs are asked for the prompt too; above 0, for other tokens than the one.
+        wants_prompt = body.logprobs if body.echo else None
+        refuse_unsupported(
+            body,
+            prompt_logprobs=wants_prompt if body.prompt_logprobs is None else body.prompt_logprobs,
+            top_logprobs=body.logprobs,
+        )
+        prompts: list[list[int]] = []
+        shown: list[str] = []
+        texts: Texts = []
+        for prompt in _as_list(body.prompt):
+            ids = await context.prompts.encode_any(prompt, special=body.add_special_tokens)
+            asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            params = sampling_params(
+                body,
+                Ends(body.stop, body.stop_token_ids, body.ignore_eos),
+                context.model.sampling,
+                max_tokens=context.prompts.room(ids, asked, "max_tokens"),
+                vocab=context.prompts.vocab_size,
+            )
+            texts += [(ids, p) for p in params]
+            prompts.append(ids)
+            is_text = isinstance(prompt, str)
+            echo = prompt if is_text else await context.prompts.decode(ids) if body.echo else ""
+            shown.append(str(echo) if body.echo else "")
+        made = "cmpl-" + request_id(request)
+        return cls(context, body, request, name, prompts, shown, texts, made, int(time.time()))
+
+    def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
+        """The whole answer."""
+        tally = Tally(self.prompts)
+        choices = []
+        for index, text in enumerate(texts):
+            tally.add(self._prompt(index), text)
+            choices.append(self._choice(index, text, self._echo(index), 0))
+        self._note(tally)
+        return {**self._head(), "choices": choices, "usage": tally.usage()}
+
+    async def events(self, generation: Generation) -> Events:
+        """The answer as it grows."""
+        tally = Tally(self.prompts)
+        lengths = [0] * len(self.texts)  # characters sent of each text
+        started = [False] * len(self.texts)
+        async for index, delta in generation:
+            tally.add(self._prompt(index), delta)
+            echo = "" if started[index] else self._echo(index)
+            started[index] = True
+            choice = self._choice(index, delta, echo, lengths[index])
+            lengths[index] += len(choice["text"])
+            chunk = {**self._head(), "choices": [choice]}
+            if self.body.usage_at_end:
+                chunk["usage"] = tally.usage() if self.body.usage_always else None
+            yield event(chunk)
+        self._note(tally)
+        if self.body.usage_at_end:
+            yield event({**self._head(), "choices": [], "usage": tally.usage()})
+        yield DONE
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.name,
+        }
+
+    def _choice(self, index: int, delta: Delta, echo: str, offset: int) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = self.context.logprobs.completion(
+                delta.token_ids, delta.logprobs, offset + len(echo)
+            )
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echo + delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": None,
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+            choice["prompt_token_ids"] = self.prompts[self._prompt(index)]
+        return choice
+
+    def _prompt(self, index: int) -> int:
+        """Which prompt text number ``index`` continues."""
+        return index // (len(self.texts) // len(self.prompts))
+
+    def _echo(self, index: int) -> str:
+        return self.shown[self._prompt(index)]
+
+    def _note(self, tally: Tally) -> None:
+        note(self.request, model=self.name, **tally.counts())
+
+
+def _as_list(prompt: Any) -> list[str | list[int]]:
+    """One prompt or several, told apart: text and a list of ids are one."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise bad_request("The prompt is empty; it must have at least one token.", param="prompt")
+    return list(prompt)

@@ -1,0 +1,172 @@
+"""ServedModel: a checkpoint with all that serving it takes, loaded once at start."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qoq.engine.engine import Engine
+from qoq.errors import RequestError, ResourceError, SourceError
+from qoq.formats.scheme import QuantScheme
+from qoq.kvcache.pool import KVPool, pages_for_budget, pages_for_tokens
+from qoq.models.config import ModelConfig
+from qoq.models.load import load_model
+from qoq.tokenizer import ChatTemplate, Tokenizer
+
+PAGE_SIZE = 64
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An engine and what its clients must know of it.
+
+    max_model_len bounds prompt and new tokens together; sampling are the defaults of requests that
+    say nothing; template is None for models without one.
+    """
+
+    path: Path
+    config: ModelConfig
+    scheme: QuantScheme
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    engine: Engine
+    pool: KVPool
+    max_model_len: int
+    max_num_seqs: int
+    sampling: dict[str, float]
+    backend: str = "auto"
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many requests of ``max_model_len`` tokens the KV cache holds at a time."""
+        return self.pool.num_tokens / self.max_model_len
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine is laid out; None: from the model or from the memory that is free.
+
+    kv_memory_bytes wins over kv_memory_fraction, the share of free memory. generation_config:
+    ``auto`` reads the model's sampling defaults, ``vllm`` none, else a folder to read them from.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_memory_bytes: int | None = None
+    kv_memory_fraction: float = 0.8
+    generation_config: str = "auto"
+    chat_template: str | None = None
+    backend: str = "auto"
+
+
+def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
+    """Load a folder or hub id and lay out its KV cache.
+
+    Raises what ``load_model`` and ``Tokenizer.load`` raise, ResourceError where the cache cannot
+    hold one request, RequestError for options out of range.
+    """
+    _check(options)
+    loaded = load_model(model, backend=options.backend)
+    tokenizer = Tokenizer.load(loaded.path)
+    context = loaded.config.max_positions
+    length = options.max_model_len or context
+    if length > context:
+        raise RequestError(f"--max-model-len {length} is above this model's context of {context}.")
+    pool = _pool(loaded.config, loaded.scheme, length, options)
+    engine = Engine(
+        loaded.decoder,
+        pool,
+        tokenizer=tokenizer,
+        eos_ids=tokenizer.eos_ids or loaded.config.eos_token_ids,
+        max_requests=options.max_num_seqs,
+        max_step_tokens=options.max_num_batched_tokens,
+        backend=options.backend,
+    )
+    return ServedModel(
+        path=loaded.path,
+        config=loaded.config,
+        scheme=loaded.scheme,
+        tokenizer=tokenizer,
+        template=_template(tokenizer, options.chat_template),
+        engine=engine,
+        pool=pool,
+        max_model_len=length,
+        max_num_seqs=options.max_num_seqs,
+        sampling=sampling_defaults(loaded.path, options.generation_config),
+        backend=options.backend,
+    )
+
+
+def _check(options: EngineOptions) -> None:
+    positive = {
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "kv_cache_memory_bytes": options.kv_memory_bytes,
+    }
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be 1 or more, not {value}.")
+    if not 0 < options.kv_memory_fraction <= 1:
+        raise RequestError(
+            f"kv_cache_memory_fraction must be above 0 and at most 1, not "
+            f"{options.kv_memory_fraction}."
+        )
+
+
+def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:
+    """As many pages as were asked for; else as many as can be used and fit free memory."""
+    shape = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    if options.kv_memory_bytes is not None:
+        pages = pages_for_budget(options.kv_memory_bytes, scheme.kv, *shape)
+    else:
+        free = int(psutil.virtual_memory().available * options.kv_memory_fraction)
+        useful = options.max_num_seqs * pages_for_tokens(length, PAGE_SIZE)
+        pages = min(useful, pages_for_budget(free, scheme.kv, *shape))
+    if pages < pages_for_tokens(length, PAGE_SIZE):
+        raise ResourceError(
+            f"The KV cache holds {pages * PAGE_SIZE} tokens, one request may need {length}. Lower "
+            "--max-model-len or give more with --kv-cache-memory-bytes."
+        )
+    return KVPool(
+        scheme.kv,
+        num_layers=config.num_layers,
+        num_pages=pages,
+        num_kv_heads=config.num_kv_heads,
+        page_size=PAGE_SIZE,
+        head_dim=config.head_dim,
+    )
+
+
+def _template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
+    """``source`` or the model's own; None where there is neither."""
+    try:
+        return tokenizer.chat_template(source)
+    except RequestError:
+        return None
+
+
+def sampling_defaults(folder: Path, choice: str) -> dict[str, float]:
+    """temperature, top_p, ... of a folder's generation_config.json, where it has them."""
+    if choice == "vllm":
+        return {}
+    file = (folder if choice == "auto" else Path(choice)) / "generation_config.json"
+    if not file.is_file():
+        if choice == "auto":
+            return {}
+        raise SourceError(f"--generation-config: there is no {file}.")
+    try:
+        values: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} is not a readable JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"{file} is not a JSON object.")
+    found = {name: values[name] for name in _DEFAULTS if values.get(name) is not None}
+    wrong = [n for n, v in found.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+    if wrong:
+        raise SourceError(f"{file}: {wrong[0]} is not a number. Mend it or use another folder.")
+    return found

@@ -1,0 +1,96 @@
+"""A request's fields to the engine's SamplingParams, over the model's own defaults."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from qoq.engine.request import SamplingParams
+from qoq.errors import RequestError
+from qoq.server.errors import bad_request
+
+MAX_LOGPROBS = 20
+_INT64 = 1 << 63
+_FIELDS = {field.name for field in fields(SamplingParams)}
+
+
+class Fields(Protocol):
+    """What every kind of request says about sampling; None: the default."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """When a text ends, beside its length."""
+
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+
+
+def sampling_params(
+    body: Fields, ends: Ends, defaults: Mapping[str, float], *, max_tokens: int, vocab: int
+) -> list[SamplingParams]:
+    """One SamplingParams for each of the ``n`` texts of ``body``.
+
+    With a seed each text gets its own, in a row. Raises APIError 400 naming the field.
+    """
+    stop = ends.stop or ()
+    ids = ends.stop_token_ids or []
+    strange = next((i for i in ids if not 0 <= i < vocab), None)
+    if strange is not None:
+        raise bad_request(
+            f"stop_token_ids: {strange} is outside the vocabulary of {vocab}.",
+            param="stop_token_ids",
+        )
+    # OpenAI's default is 1.0; a model's generation_config.json may say otherwise.
+    temperature = _first(body.temperature, defaults.get("temperature"), 1.0)
+    seed = _seed(body.seed)
+    count = body.n or 1
+    try:
+        return [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=_top_k(_first(body.top_k, defaults.get("top_k"), 0), vocab),
+                top_p=_first(body.top_p, defaults.get("top_p"), 1.0),
+                min_p=_first(body.min_p, defaults.get("min_p"), 0.0),
+                seed=None if seed is None else (seed + i) % _INT64,
+                stop=stop,
+                stop_token_ids=ids,
+                ignore_eos=ends.ignore_eos,
+            )
+            for i in range(count)
+        ]
+    except RequestError as error:
+        name = str(error).split(" ", 1)[0]  # its messages begin with the field
+        raise bad_request(str(error), param=name if name in _FIELDS else None) from error
+
+
+def check_logprobs(count: int | None, name: str) -> None:
+    """Raise a 400 for more than MAX_LOGPROBS tokens per place, or fewer than none."""
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise bad_request(f"{name} must be from 0 to {MAX_LOGPROBS}, not {count}.", param=name)
+
+
+def _first(asked: float | None, default: float | None, neutral: float) -> float:
+    return asked if asked is not None else default if default is not None else neutral
+
+
+def _top_k(value: float, vocab: int) -> int:
+    """-1 is how many clients say "off"; more than the vocabulary cuts nothing either."""
+    return 0 if value == -1 else int(min(value, vocab))
+
+
+def _seed(seed: int | None) -> int | None:
+    """Any int64; the engine's seeds have no sign, so a negative one takes its bits."""
+    if seed is None:
+        return None
+    if not -_INT64 <= seed < _INT64:
+        raise bad_request(f"seed must be from -2**63 to 2**63 - 1, not {seed}.", param="seed")
+    return seed % _INT64

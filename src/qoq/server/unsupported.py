@@ -1,0 +1,60 @@
+"""The one list of fields we know and cannot honour yet: refused by name, never ignored.
+
+Whoever teaches the engine a field takes its line out of here.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from qoq.server.errors import bad_request
+
+# Field -> the values that ask for nothing, and so are let through (None always is).
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "min_tokens": (0,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "suffix": ("",),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "priority": (0,),
+    "chat_template": (),
+    "documents": ([],),
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "include": ([],),
+    "truncation": ("disabled",),
+}
+
+
+def refuse_unsupported(body: BaseModel, **more: Any) -> None:
+    """Raise a 400 that names the first field of ``body`` (or of ``more``) we cannot honour."""
+    values = {**(body.model_extra or {}), **body.__dict__, **more}
+    for name, harmless in UNSUPPORTED.items():
+        value = values.get(name)
+        if value is not None and value not in harmless:
+            raise bad_request(
+                f"{name} is not supported by this server yet; leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )

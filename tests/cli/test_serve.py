@@ -1,0 +1,137 @@
+"""How ``qoq serve`` reads its command line and its --config file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from helpers.verbs import refusal, run
+from qoq.cli import serve as module
+from qoq.cli.serve_command import count, read_config, several, spread
+from qoq.errors import RequestError
+from qoq.server import model as served
+from qoq.server import run as running
+
+SEVERAL = {"--served-model-name", "--api-key"}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("M --served-model-name A B", "M --served-model-name A --served-model-name B"),
+        ("--api_key A M", "--api_key A M"),
+        ("M --api-key=A B --port 1", "M --api-key=A --api-key B --port 1"),
+        ("M --api-key A --api-key B C", "M --api-key A --api-key B --api-key C"),
+        ("--port 1 M", "--port 1 M"),
+        ("M --port 1 extra", "M --port 1 extra"),
+    ],
+)
+def test_values_in_a_row(line: str, wanted: str) -> None:
+    assert spread(line.split(), SEVERAL) == wanted.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4096", 4096), ("8k", 8000), ("2G", 2 << 30), ("1.5M", 3 << 19)]
+)
+def test_counts(text: str, value: int) -> None:
+    assert count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "4GB", "1e3", "-", "nang"])
+def test_counts_that_are_none(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        count(text)
+
+
+def test_lists() -> None:
+    assert several(None, ("*",)) == ("*",)
+    assert several(["a", '["b", "c"]'], ()) == ("a", "b", "c")
+    with pytest.raises(RequestError, match="JSON list"):
+        several(["[a"], ())
+
+
+class _Stopped(Exception):
+    """Raised in place of loading a model."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What serve was about to do: EngineOptions, and the address."""
+    seen: dict[str, Any] = {}
+
+    def load(path: str, options: served.EngineOptions) -> Any:
+        seen.update(model=path, options=options)
+        raise RequestError("stopped here")
+
+    bind = running.bind
+
+    def bound(host: str, port: int) -> Any:
+        seen.update(host=host, port=port)
+        return bind("127.0.0.1", 0)
+
+    monkeypatch.setattr(served, "load_served_model", load)
+    monkeypatch.setattr(running, "bind", bound)
+    monkeypatch.setattr(running, "configure_logs", lambda *_: None)
+    return seen
+
+
+def test_dashes_and_underscores(asked: dict[str, Any]) -> None:
+    for style in ("--max-model-len 4k --max-num-seqs=7", "--max_model_len 4k --max_num_seqs=7"):
+        refusal("serve", "M", *style.split(), "--kv_cache-memory_bytes", "1G", "--port", 81)
+        assert asked["model"] == "M"
+        assert asked["port"] == 81
+        assert asked["options"].max_model_len == 4000
+        assert asked["options"].max_num_seqs == 7
+        assert asked["options"].kv_memory_bytes == 1 << 30
+
+
+def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: FROM_FILE\nmax-num-seqs: 5\nmax_num_batched_tokens: 99\nhost: 0.0.0.0\n"
+        "max-model-len: 8k\nserved-model-name: [a, b]\nlog-format: json\n"
+    )
+    refusal("serve", "--config", file, "--max-num-seqs", 6)
+    assert asked["model"] == "FROM_FILE"
+    assert asked["host"] == "0.0.0.0"
+    options = asked["options"]
+    assert (options.max_num_seqs, options.max_num_batched_tokens) == (6, 99)
+    assert options.max_model_len == 8000
+    refusal("serve", "M", f"--config={file}")
+    assert asked["model"] == "M"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("max-nom-seqs: 5\n", "max-nom-seqs"), ("- a\n", "name: value"), ("a: [\n", "cannot be read")],
+)
+def test_config_files_that_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    assert says in refusal("serve", "M", "--config", file)
+    with pytest.raises(RequestError):
+        read_config(file, set())
+
+
+def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
+    assert run("serve", "M", "--log-format", "xml", status=2)
+    assert run("serve", "M", "--max-model-len", "long", status=2)
+    assert run("serve", status=2)
+    (tmp_path / "keys").write_text("# none yet\n")
+    assert "no key" in refusal("serve", "M", "--api-key-file", tmp_path / "keys")
+    assert "empty" in refusal("serve", "M", "--api-key", "")
+    assert "nowhere" in refusal("serve", "M", "--chat-template", tmp_path / "nowhere")
+
+
+def test_keys_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\none\n\n  two  \n")
+    monkeypatch.setenv(module.KEY_VARIABLE, "three, four")
+    assert module._keys(["zero"], file) == ("zero", "three", "four", "one", "two")
+
+
+def test_help_has_an_example() -> None:
+    text = run("serve", "--help").stdout
+    assert "qoq serve OUT" in text
+    assert "--max-num-queued-reqs" in text

@@ -1,0 +1,234 @@
+"""/v1/completions: every shape of prompt, streams, usage, logprobs, refusals."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from helpers.serving import Client
+from qoq import LLM, SamplingParams
+from qoq.server.model import ServedModel
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PATH = "/v1/completions"
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+
+async def answer(app: Client, **body: Any) -> dict[str, Any]:
+    got = await app.post(PATH, {**GREEDY, **body})
+    assert got.status_code == 200, got.text
+    value = got.json()
+    assert isinstance(value, dict)
+    return value
+
+
+async def test_text_is_what_the_offline_door_gives(app: Client, model: ServedModel) -> None:
+    wanted = LLM(model.path).generate("hello w", SamplingParams(max_tokens=8, ignore_eos=True))[0]
+    got = await answer(app, prompt="hello w", model="tiny", return_token_ids=True)
+    [choice] = got["choices"]
+    assert choice["text"] == wanted.text
+    assert choice["token_ids"] == wanted.token_ids
+    assert choice["prompt_token_ids"] == wanted.prompt_token_ids
+    assert choice["finish_reason"] == "length"
+    assert got["object"] == "text_completion"
+    assert got["model"] == "tiny"
+    assert got["id"].startswith("cmpl-")
+    count = len(wanted.prompt_token_ids)
+    assert got["usage"] == {
+        "prompt_tokens": count,
+        "completion_tokens": 8,
+        "total_tokens": count + 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_every_shape_of_prompt(app: Client, model: ServedModel) -> None:
+    ids = model.tokenizer.encode("hello w"), model.tokenizer.encode("tell")
+    one = await answer(app, prompt="hello w")
+    assert (await answer(app, prompt=ids[0]))["choices"] == one["choices"]
+    assert (await answer(app, prompt=["hello w"]))["choices"] == one["choices"]
+    several = await answer(app, prompt=["hello w", "tell"])
+    assert (await answer(app, prompt=list(ids)))["choices"] == several["choices"]
+    assert [c["index"] for c in several["choices"]] == [0, 1]
+    assert several["choices"][0] == one["choices"][0]
+    assert several["usage"]["completion_tokens"] == 16
+
+
+async def test_n_texts_of_each_prompt_have_seeds_in_a_row(app: Client) -> None:
+    body = {"prompt": ["hello", "t"], "temperature": 1.5, "max_tokens": 6}
+    got = await answer(app, **body, n=3, seed=40)
+    assert len(got["choices"]) == 6
+    texts = [c["text"] for c in got["choices"]]
+    assert len(set(texts)) > 2
+    single = await answer(app, **{**body, "prompt": "t"}, seed=42)
+    assert texts[5] == single["choices"][0]["text"]
+    assert got["usage"]["prompt_tokens"] == 2
+    assert got["usage"]["completion_tokens"] == 36
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+async def test_any_int64_seed_repeats(app: Client, seed: int) -> None:
+    body = {"prompt": "hello", "temperature": 2.0, "seed": seed}
+    assert (await answer(app, **body))["choices"] == (await answer(app, **body))["choices"]
+
+
+async def test_stream_joined_is_the_whole(app: Client) -> None:
+    body = {**GREEDY, "prompt": ["hello w", "tell", "a"], "max_tokens": 20}
+    whole = await answer(app, **body)
+    chunks = await app.events(PATH, body)
+    texts = ["", "", ""]
+    reasons: list[Any] = [None] * 3
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        assert reasons[choice["index"]] is None, "text after its end"
+        reasons[choice["index"]] = choice["finish_reason"]
+        assert "usage" not in chunk
+    assert texts == [c["text"] for c in whole["choices"]]
+    assert reasons == ["length"] * 3
+
+
+async def test_usage_in_streams(app: Client) -> None:
+    body = {**GREEDY, "prompt": "hello", "stream_options": {"include_usage": True}}
+    *chunks, last = await app.events(PATH, body)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 8
+    assert all(chunk["usage"] is None for chunk in chunks)
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = await app.events(PATH, body)
+    assert chunks[-1]["usage"] == last["usage"]
+
+
+async def test_logprobs_of_the_chosen_tokens(app: Client, model: ServedModel) -> None:
+    wanted = LLM(model.path).generate("hello w", SamplingParams(max_tokens=8, ignore_eos=True))[0]
+    [choice] = (await answer(app, prompt="hello w", logprobs=0))["choices"]
+    logprobs = choice["logprobs"]
+    assert logprobs["token_logprobs"] == pytest.approx(wanted.logprobs, abs=1e-5)
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 8
+    assert logprobs["text_offset"][0] == 0
+    chunks = await app.events(PATH, {**GREEDY, "prompt": "hello w", "logprobs": 0})
+    joined = [p for c in chunks for p in c["choices"][0]["logprobs"]["token_logprobs"]]
+    assert joined == pytest.approx(wanted.logprobs, abs=1e-5)
+
+
+async def test_echo(app: Client, model: ServedModel) -> None:
+    plain = (await answer(app, prompt="hello w"))["choices"][0]["text"]
+    assert (await answer(app, prompt="hello w", echo=True))["choices"][0]["text"] == (
+        "hello w" + plain
+    )
+    ids = model.tokenizer.encode("hello w")
+    assert (await answer(app, prompt=ids, echo=True))["choices"][0]["text"] == "hello w" + plain
+    chunks = await app.events(PATH, {**GREEDY, "prompt": "hello w", "echo": True})
+    assert "".join(c["choices"][0]["text"] for c in chunks) == "hello w" + plain
+
+
+async def test_stop_strings_and_ids(app: Client) -> None:
+    whole = (await answer(app, prompt="hello w", max_tokens=30, return_token_ids=True))["choices"][
+        0
+    ]
+    cut = whole["text"][4:6]
+    [choice] = (await answer(app, prompt="hello w", max_tokens=30, stop=cut))["choices"]
+    assert choice["text"] == whole["text"][: whole["text"].index(cut)]
+    assert choice["finish_reason"] == "stop"
+    end = whole["token_ids"][3]
+    got = await answer(app, prompt="hello w", stop_token_ids=[end], return_token_ids=True)
+    assert got["choices"][0]["token_ids"][-1] == end
+    assert got["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_default_length_is_16_and_unknown_fields_are_accepted(app: Client) -> None:
+    body = {"prompt": "hello", "ignore_eos": True, "some_field_of_tomorrow": {"a": [1]}}
+    got = await app.post(PATH, {**body, "user": "me", "logit_bias": {}, "presence_penalty": 0})
+    assert got.status_code == 200
+    assert got.json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"prompt": "a", "model": "nope"}, 404, "nope"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 10**40}, 400, "max_tokens"),
+        ({"prompt": "a", "seed": 2**63}, 400, "seed"),
+        ({"prompt": "a", "seed": -(2**63) - 1}, 400, "seed"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "a", "temperature": "warm"}, 400, "temperature"),
+        ({"prompt": "a", "top_p": 0}, 400, "top_p"),
+        ({"prompt": "a", "top_p": 1.5}, 400, "top_p"),
+        ({"prompt": "a", "top_k": -2}, 400, "top_k"),
+        ({"prompt": "a", "min_p": 2}, 400, "min_p"),
+        ({"prompt": "a", "n": 0}, 400, "n"),
+        ({"prompt": "a", "stop": ""}, 200, ""),
+        ({"prompt": "a", "stop": [""]}, 400, "stop"),
+        ({"prompt": "a", "stop_token_ids": [10**9]}, 400, "stop_token_ids"),
+        ({"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+        ({"prompt": "a", "logprobs": -1}, 400, "logprobs"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream"),
+        ({"prompt": ""}, 400, "empty"),
+        ({"prompt": []}, 400, "empty"),
+        ({"prompt": [[]]}, 400, "empty"),
+        ({"prompt": [5, 10**6]}, 400, "vocabulary"),
+        ({"prompt": [5, -1]}, 400, "vocabulary"),
+        ({"prompt": [5, 2**80]}, 400, "vocabulary"),
+        ({"prompt": [5, True]}, 400, "prompt"),
+        ({"prompt": {"a": 1}}, 400, "prompt"),
+        ({}, 400, "prompt"),
+        ({"prompt": "a", "top_k": 10**30}, 200, ""),
+        ({"prompt": "a", "temperature": 1e308}, 200, ""),
+        ({"prompt": "a", "temperature": 1e-320}, 200, ""),
+    ],
+)
+async def test_refusals(app: Client, body: dict[str, Any], status: int, says: str) -> None:
+    got = await app.post(PATH, {"max_tokens": 2, **body})
+    assert got.status_code == status, got.text
+    if status != 200:
+        error = got.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert says in error["message"]
+
+
+async def test_too_long_names_both_lengths(app: Client) -> None:
+    got = await app.post(PATH, {"prompt": [5] * 100, "max_tokens": 29})
+    error = got.json()["error"]
+    assert got.status_code == 400
+    assert error["code"] == "context_length_exceeded"
+    assert "128" in error["message"]
+    assert "100" in error["message"]
+    got = await app.post(PATH, {"prompt": [5] * 400, "max_tokens": 1})
+    assert "400 tokens" in got.json()["error"]["message"]
+    assert (await app.post(PATH, {"prompt": [5] * 127, "max_tokens": 1})).status_code == 200
+
+
+async def test_ten_megabytes_of_prompt_are_refused_quickly(app: Client) -> None:
+    start = asyncio.get_running_loop().time()
+    got = await app.post(PATH, {"prompt": "hello " * 1_700_000})
+    assert got.status_code == 400
+    assert "context is 128" in got.json()["error"]["message"]
+    assert asyncio.get_running_loop().time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"5": 1}),
+        ("min_tokens", 3),
+        ("prompt_logprobs", 1),
+        ("response_format", {"type": "json_object"}),
+        ("guided_regex", "a+"),
+        ("structured_outputs", {"regex": "a"}),
+        ("suffix", "end"),
+        ("best_of", 2),
+        ("use_beam_search", True),
+        ("truncate_prompt_tokens", 5),
+        ("include_stop_str_in_output", True),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(app: Client, name: str, value: Any) -> None:
+    got = await app.post(PATH, {"prompt": "a", name: value})
+    assert got.status_code == 400
+    assert got.json()["error"]["param"] == name
+    assert got.json()["error"]["code"] == "unsupported_parameter"
+    assert (await app.post(PATH, {"prompt": "a", name: None})).status_code in (200, 400)

@@ -1,0 +1,114 @@
+"""Bodies that are no requests get a 4xx in OpenAI's shape, never a 500."""
+
+import json
+from typing import Any
+
+import pytest
+
+from helpers.serving import Client
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
+MESSAGES = [{"role": "user", "content": "a"}]
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 1},
+    "/v1/responses": {"input": "a", "max_output_tokens": 1},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+}
+BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"3",
+    b'"text"',
+    b"\xff\xfe{}",
+    b'{"prompt": "\xc3\x28", "messages": "\xff", "input": "\xff", "tokens": "\xff"}',
+    b'{"seed": ' + b"9" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"prompt": [1e400], "tokens": [1.5], "input": 7, "messages": {}}',
+]
+
+
+def check_error(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    return dict(error)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("body", BODIES, ids=lambda b: repr(b[:24]))
+async def test_bodies_that_are_no_requests(app: Client, path: str, body: bytes) -> None:
+    check_error(await app.send(path, body), 400)
+
+
+@pytest.mark.parametrize("path", ROUTES[:3])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+async def test_numbers_that_are_none(app: Client, path: str, field: str, number: str) -> None:
+    body = json.dumps({**VALID[path], field: float(number)}).encode()
+    assert check_error(await app.send(path, body), 400)["param"] == field
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_lone_surrogates_anywhere(app: Client, path: str) -> None:
+    """They are valid JSON escapes and no text; fields we only pass on may hold them."""
+    got = await app.post(path, {**VALID[path], "user": "\ud800"})
+    assert got.status_code in (200, 400)
+    talk = [{"role": "user", "content": "a", "name": "\udfff"}]
+    got = await app.post(
+        path, {**VALID[path], "messages": talk, "chat_template_kwargs": {"x": "\ud800"}}
+    )
+    assert got.status_code in (200, 400)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_content_type(app: Client, path: str, kind: str | None) -> None:
+    body = json.dumps(VALID[path]).encode()
+    error = check_error(await app.send(path, body, kind), 415)
+    assert "application/json" in error["message"]
+    assert (await app.send(path, body, "application/json; charset=utf-8")).status_code == 200
+
+
+async def test_routes_and_methods_that_do_not_exist(app: Client) -> None:
+    assert check_error(await app.get("/v1/nothing"), 404)["type"] == "not_found_error"
+    check_error(await app.get("/v1/completions"), 405)
+    check_error(await app.get("/v1/models/nothing"), 404)
+    check_error(await app.post("/v1/chat/completions", {**VALID[ROUTES[1]], "model": "x"}), 404)
+
+
+async def test_tokenize_and_back(app: Client) -> None:
+    got = (await app.post("/tokenize", {"prompt": "hello w", "return_token_strs": True})).json()
+    assert got["count"] == len(got["tokens"]) == len(got["token_strs"])
+    assert got["max_model_len"] == 128
+    back = (await app.post("/detokenize", {"tokens": got["tokens"]})).json()
+    assert back == {"prompt": "hello w"}
+    talk = (await app.post("/tokenize", {"messages": MESSAGES})).json()
+    text = (await app.post("/detokenize", {"tokens": talk["tokens"]})).json()["prompt"]
+    assert text == "<|bos|>[user] a\n[assistant] "
+    check_error(await app.post("/tokenize", {}), 400)
+    check_error(await app.post("/tokenize", {"prompt": "a", "messages": MESSAGES}), 400)
+    check_error(await app.post("/detokenize", {"tokens": [10**9]}), 400)
+    check_error(await app.post("/detokenize", {"tokens": [-1]}), 400)
+    assert (await app.post("/detokenize", {"tokens": []})).json() == {"prompt": ""}
+    info = (await app.get("/tokenizer_info")).json()
+    assert info["bos_token"] == "<|bos|>"
+    assert info["eos_token_ids"] == [1]
+    assert "assistant" in info["chat_template"]
+
+
+async def test_models_and_health(app: Client) -> None:
+    models = (await app.get("/v1/models")).json()
+    assert [m["id"] for m in models["data"]] == ["tiny", "alias"]
+    assert (await app.get("/v1/models/alias")).json()["max_model_len"] == 128
+    for path in ("/health", "/ping", "/version", "/docs", "/openapi.json", "/metrics"):
+        assert (await app.get(path)).status_code == 200, path
+    assert (await app.http.post("/ping")).status_code == 200

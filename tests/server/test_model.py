@@ -1,0 +1,117 @@
+"""Laying out the engine, sampling defaults, the start report, log lines."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import serving
+from qoq.errors import RequestError, ResourceError, SourceError
+from qoq.server.logs import JsonFormatter, TextFormatter
+from qoq.server.model import ServedModel, sampling_defaults
+from qoq.server.report import report_lines, start_report
+from qoq.server.sampling import Ends, sampling_params
+from qoq.server.settings import ServerSettings
+
+
+def test_cache_is_what_was_asked_for(folder: Path, model: ServedModel) -> None:
+    page = model.pool.nbytes // model.pool.num_pages
+    assert model.pool.num_pages == 64 * 2  # 64 requests of 128 tokens in pages of 64
+    small = serving.load(folder, kv_memory_bytes=5 * page + 1, max_model_len=100)
+    assert small.pool.num_pages == 5
+    assert small.max_concurrency == pytest.approx(3.2)
+    with pytest.raises(ResourceError, match="holds 64 tokens, one request may need 128"):
+        serving.load(folder, kv_memory_bytes=page)
+    with pytest.raises(RequestError, match="context of 128"):
+        serving.load(folder, max_model_len=129)
+    bad: list[dict[str, Any]] = [
+        {"max_num_seqs": 0},
+        {"max_model_len": -1},
+        {"kv_memory_fraction": 0.0},
+        {"kv_memory_bytes": 0},
+    ]
+    for options in bad:
+        with pytest.raises(RequestError):
+            serving.load(folder, **options)
+
+
+def test_sampling_defaults(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path, "auto") == {}
+    with pytest.raises(SourceError, match="generation_config"):
+        sampling_defaults(tmp_path, str(tmp_path))
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.7, "top_k": 20, "do_sample": true, "eos_token_id": 1}')
+    found = {"temperature": 0.7, "top_k": 20}
+    assert sampling_defaults(tmp_path, "auto") == found
+    assert sampling_defaults(tmp_path / "other", str(tmp_path)) == found
+    assert sampling_defaults(tmp_path, "vllm") == {}
+    for text in ('{"top_p": "high"}', "[]", "{"):
+        file.write_text(text)
+        with pytest.raises(SourceError):
+            sampling_defaults(tmp_path, "auto")
+
+
+def test_requests_win_over_defaults() -> None:
+    class Body:
+        temperature: float | None = None
+        top_p: float | None = None
+        top_k: int | None = None
+        min_p: float | None = None
+        seed: int | None = 7
+        n: int | None = 2
+
+    defaults = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    two = sampling_params(Body(), Ends(stop="a"), defaults, max_tokens=3, vocab=10)
+    assert [p.seed for p in two] == [7, 8]
+    assert (two[0].temperature, two[0].top_k, two[0].top_p) == (0.7, 10, 0.9)
+    body = Body()
+    body.temperature, body.top_k, body.n = 0, -1, None
+    [one] = sampling_params(body, Ends(), defaults, max_tokens=3, vocab=10)
+    assert (one.temperature, one.top_k) == (0, 0)
+    body.temperature = None
+    [neutral] = sampling_params(body, Ends(), {}, max_tokens=3, vocab=10)
+    assert (neutral.temperature, neutral.top_p) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"served_model_names": ()},
+        {"served_model_names": ("",)},
+        {"max_queued": -1},
+        {"max_request_bytes": 0},
+        {"request_timeout": 0.0},
+        {"template_timeout": float("nan")},
+        {"shutdown_timeout": -1.0},
+    ],
+)
+def test_settings_that_let_nothing_through(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        ServerSettings(**{"served_model_names": ("a",), **wrong})
+
+
+def test_start_report(model: ServedModel) -> None:
+    report = start_report(model)
+    assert json.loads(json.dumps(report)) == report
+    assert {"act_quant", "linear", "attention", "sample"} <= set(report["ops"])
+    text = "\n".join(report_lines(report))
+    assert "KV cache: 8,192 tokens" in text
+    assert "maximum concurrency for 128 tokens per request: 64.00x" in text
+    assert "w16a16" in text
+
+
+def test_log_lines() -> None:
+    record = logging.LogRecord("qoq.access", logging.INFO, "", 0, "GET %s 200", ("/x",), None)
+    record.facts = {"request_id": "r", "status": 200}
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["message"], line["request_id"], line["level"]) == ("GET /x 200", "r", "info")
+    assert line["time"].endswith("Z")
+    assert TextFormatter().format(record).endswith("INFO    GET /x 200 request_id=r")
+    try:
+        raise ValueError("why\nand how")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    assert "why" in json.loads(JsonFormatter().format(record))["exception"]
+    assert "why" in TextFormatter().format(record)
