@@ -5,4 +5,8 @@ random_weights  packed weights of these shapes, made in memory
 roof            what the machine can do at most, measured in the same run
 kernels         each op x shape x rows, against its roof
 throughput      prefill and decode of a whole model through the engine
+latency         one batch through the engine, step by step
+crossover       one linear against torch's products
+prompts, load   what a load test asks; the client that asks it
+serving         what came of it, in figures        serving_picture   and in a picture
 """

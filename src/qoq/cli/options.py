@@ -27,3 +27,16 @@ TOP_K = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0
 SAMPLING_SEED = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same text. Default: random.")
 ]
+BASE_URL = Annotated[
+    str, typer.Option("--base-url", "--url", help="A server's address, such as http://host:8000.")
+]
+SERVER = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url", "--url", help="Ask this OpenAI-compatible server; no model is loaded here."
+    ),
+]
+API_KEY = Annotated[
+    str | None,
+    typer.Option(help="Key that the server wants.", envvar=["QOQ_API_KEY", "OPENAI_API_KEY"]),
+]
