@@ -11,12 +11,14 @@ from qoq.cli.bench_latency import latency
 from qoq.cli.bench_serve import serve as bench_serve
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
+from qoq.cli.complete import complete
 from qoq.cli.eval_ppl import ppl
 from qoq.cli.eval_table import render, table
 from qoq.cli.generate import generate
 from qoq.cli.inspect import inspect
 from qoq.cli.qserve import export_qserve, import_qserve
 from qoq.cli.quantize import quantize
+from qoq.cli.run_batch import run_batch
 
 app = typer.Typer(
     name="qoq",
@@ -75,6 +77,8 @@ benches.command()(crossover)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)
+app.command()(complete)
+app.command("run-batch")(run_batch)
 app.command("import-qserve")(import_qserve)
 app.command("export-qserve")(export_qserve)
 app.command("check-env")(check_env)

@@ -40,3 +40,25 @@ API_KEY = Annotated[
     str | None,
     typer.Option(help="Key that the server wants.", envvar=["QOQ_API_KEY", "OPENAI_API_KEY"]),
 ]
+OVERWRITE_FILE = Annotated[
+    bool, typer.Option("--overwrite", help="Start afresh, whatever earlier runs have left.")
+]
+MAYBE_MODEL = Annotated[
+    str | None,
+    typer.Argument(
+        help="Packed checkpoint, full-precision folder or hub id; with --base-url a model's name "
+        "there.",
+        show_default=False,
+    ),
+]
+_DEFAULT = " Default: the server's; of a model loaded here "
+MAYBE_TEMPERATURE = Annotated[
+    float | None, typer.Option("--temperature", "--temp", help=f"0: greedy.{_DEFAULT}0.")
+]
+MAYBE_TOP_P = Annotated[
+    float | None,
+    typer.Option(help=f"Choose among the likeliest tokens that add up to this.{_DEFAULT}1 (all)."),
+]
+MAYBE_TOP_K = Annotated[
+    int | None, typer.Option(help=f"Choose among the k likeliest tokens.{_DEFAULT}0 (all).")
+]
