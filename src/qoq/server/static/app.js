@@ -25,7 +25,8 @@ async function learn() {
     cards = (list.data ?? []).filter((card) => card && typeof card.id === "string");
   } catch (error) {
     cards = [];
-    return say(error.status === 401 ? "The server wants an API key; it goes into the settings." : "");
+    byId("empty-note").textContent = error.status === 401 ? "The server wants an API key; it goes into the settings." : error.message;
+    return;
   }
   version = await getJson("version", key()).then((body) => body.version, () => null);
   const chosen = models.value;
@@ -33,19 +34,15 @@ async function learn() {
   if (cards.some((card) => card.id === chosen)) models.value = chosen;
   models.disabled = cards.length < 2;
   describe();
-  return say("");
 }
 
 function describe() {
   const card = cards.find((each) => each.id === models.value) ?? {};
   dashboard.facts(card, version);
+  const facts = [card.id, card.scheme, card.max_model_len && `${card.max_model_len.toLocaleString("en")} tokens of context`];
+  byId("empty-note").textContent = facts.filter(Boolean).join(" · ");
   models.title = [card.id, card.scheme].filter(Boolean).join(", ");
   document.title = card.id ? `${card.id} · qoq` : "qoq";
-}
-
-const usual = byId("empty-note").textContent;
-function say(problem) {
-  byId("empty-note").textContent = problem || usual;
 }
 
 function status(state, text) {

@@ -3,11 +3,14 @@
 export const LENGTH = 120; // points, one a second
 
 export class Chart {
-  // series: [{name, fill}]; format: a value's text; unit: after the big figure; max: fixed top.
-  constructor({ title, series, format, unit = "", max = null }) {
+  // series: [{name}]; format: a value's text; unit: after the big figure; max: fixed top; least: the
+  // lowest top there may be.
+  constructor({ title, series, format, unit = "", max = null, least = 0 }) {
     this.series = series;
     this.format = format;
     this.max = max;
+    this.least = least;
+    this.gutter = 0; // width of the labels at the left
     this.points = [];
     this.hover = null;
     this.element = make("section", "card");
@@ -40,9 +43,9 @@ export class Chart {
 
   point(event) {
     if (event) {
-      const share = event.offsetX / this.canvas.clientWidth;
+      const share = (event.offsetX - this.gutter) / (this.canvas.clientWidth - this.gutter);
       this.hover = Math.round(share * (LENGTH - 1)) - (LENGTH - this.points.length);
-      if (this.hover < 0) this.hover = null;
+      if (!(this.hover >= 0 && this.hover < this.points.length)) this.hover = null;
     } else this.hover = null;
     this.draw();
   }
@@ -74,27 +77,37 @@ export class Chart {
     const pen = this.canvas.getContext("2d");
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const peak = Math.max(0, ...this.points.flat().filter(Number.isFinite));
-    const top = this.max ?? round(peak);
+    const known = this.points.flat().filter(Number.isFinite);
+    const top = this.max ?? round(Math.max(this.least, ...known));
     const [roof, floor] = [6, height - 6];
     const y = (value) => floor - (floor - roof) * Math.min(1, value / top);
-    const x = (index) => (width * (index + LENGTH - this.points.length)) / (LENGTH - 1);
     const style = getComputedStyle(this.legend);
     pen.font = `11px ${style.fontFamily}`;
     pen.lineWidth = 1;
-    for (const share of [0, 0.5, 1]) {
+    const labels = [0, 0.5, 1].map((share) => (known.length ? short(this.format(share * top)) : ""));
+    this.gutter = known.length ? Math.ceil(Math.max(...labels.map((text) => pen.measureText(text).width))) + 8 : 0;
+    const left = this.gutter;
+    const x = (index) => left + ((width - left) * (index + LENGTH - this.points.length)) / (LENGTH - 1);
+    pen.textBaseline = "middle";
+    pen.textAlign = "right";
+    for (const [i, share] of [0, 0.5, 1].entries()) {
       const line = Math.round(y(share * top)) + 0.5;
       pen.globalAlpha = 0.25;
       pen.strokeStyle = style.color;
       pen.beginPath();
-      pen.moveTo(0, line);
+      pen.moveTo(left, line);
       pen.lineTo(width, line);
       pen.stroke();
       pen.globalAlpha = 0.9;
       pen.fillStyle = style.color;
-      if (share && peak > 0) pen.fillText(this.format(share * top), 0, line + 12);
+      pen.fillText(labels[i], left - 8, line);
     }
     pen.globalAlpha = 1;
+    if (!known.length) {
+      pen.textAlign = "center";
+      pen.fillText("nothing to show yet", width / 2, (roof + y(top / 2)) / 2);
+      return;
+    }
     this.series.forEach((each, i) => this.line(pen, i, x, y, floor));
     if (this.hover !== null) {
       pen.strokeStyle = style.color;
@@ -135,12 +148,15 @@ export class Chart {
   }
 }
 
-// The next of 1, 2, 5, 10, ... at or above a value.
+// The next of 1, 2, 4, 6, 8, 10, 20, ... at or above a value, so that halves are plain too.
 function round(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find((step) => step * power >= value) * power;
+  return [1, 2, 4, 6, 8, 10].find((step) => step * power >= value) * power;
 }
+
+// A label without zeros after its point.
+const short = (text) => text.replace(/\.0+(?=\D|$)/, "");
 
 export function make(tag, name = "", text = "") {
   const element = document.createElement(tag);

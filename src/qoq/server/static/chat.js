@@ -12,6 +12,8 @@ const WORDS = {
   text: { title: "Begin a text, the model goes on", placeholder: "Write the beginning of a text" },
 };
 
+const TITLES = [[500, "The server failed"], [400, "The server refuses this"], [0, "No answer"]];
+
 export class Chat {
   // model(): the name to ask for.
   constructor(settings, model) {
@@ -98,24 +100,23 @@ export class Chat {
       fallback = problem !== null && !answer.pieces && this.settings.mode === "chat" && lacksTemplate(problem);
     }
     if (this.running === stopper) this.running = null;
-    if (!answer.element.isConnected) return; // the conversation was cleared meanwhile
+    if (!answer.element.isConnected) return answer.drop(); // the conversation was cleared meanwhile
     if (fallback) {
-      answer.element.remove();
+      answer.drop();
       this.settings.mode = "text";
       this.messages.append(aside("This model has no chat template, so it continues your text instead."));
-      await this.answer();
-      return;
+      return this.answer();
     }
-    this.finish(answer, stopper.signal.aborted, problem);
+    return this.finish(answer, stopper.signal.aborted, problem);
   }
 
   finish(answer, stopped, problem) {
     const below = this.atEnd();
     if (answer.text) this.said.push({ role: "assistant", content: answer.text });
-    if (problem && !answer.pieces) answer.element.remove();
+    if (problem && !answer.pieces) answer.drop();
     else answer.end(stopped ? "stopped" : answer.finish, this.actions(answer));
     if (problem) {
-      const title = problem.status === 0 ? "No answer" : "The server refuses";
+      const title = TITLES.find(([least]) => problem.status >= least)[1];
       const card = failure(title, problem.message, () => {
         card.remove();
         answer.element.remove();

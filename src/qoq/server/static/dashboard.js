@@ -30,7 +30,7 @@ const CHARTS = [
     read: ({ now, far }) => both(now, far, "inter_token_latency_seconds"),
   },
   {
-    title: "Requests", unit: "running", format: whole,
+    title: "Requests", unit: "running", format: whole, least: 2,
     series: [{ name: "running" }, { name: "waiting" }],
     read: ({ now }) => [total(now, "num_requests_running"), total(now, "num_requests_waiting")],
   },

@@ -60,12 +60,20 @@ export class Answer {
     this.sent = performance.now();
     this.first = this.last = null;
     this.frame = null;
+    this.clock = setInterval(() => this.wait(), 500);
+  }
+
+  // A prompt may take long to read; that something happens must be seen.
+  wait() {
+    const seconds = Math.floor((performance.now() - this.sent) / 1000);
+    if (seconds) this.foot.textContent = `reading the prompt, ${seconds} s`;
   }
 
   add({ text, finish, usage }) {
     if (text) {
       this.last = performance.now();
       this.first ??= this.last;
+      clearInterval(this.clock);
       this.pieces += 1;
       this.text += text;
     }
@@ -75,10 +83,17 @@ export class Answer {
     this.frame ??= requestAnimationFrame(() => this.draw());
   }
 
+  // The answer will not come.
+  drop() {
+    clearInterval(this.clock);
+    this.element.remove();
+  }
+
   // reason: why it ended ("stop", "length", "stopped"); actions: buttons under a finished answer.
   end(reason, actions) {
     this.element.classList.remove("busy");
     this.finish = reason;
+    clearInterval(this.clock);
     if (this.frame !== null) cancelAnimationFrame(this.frame);
     this.draw();
     if (!this.text) this.body.append(make("span", "nothing", "The model said nothing."));
@@ -87,6 +102,7 @@ export class Answer {
 
   draw() {
     this.frame = null;
+    if (!this.pieces && this.element.classList.contains("busy")) return;
     render(this.body, this.text);
     this.foot.replaceChildren(...this.facts().map((fact) => make("span", "", fact)));
   }
