@@ -1,6 +1,6 @@
 """The page for people: its files, and the headers that keep it to this server."""
 
-from importlib.resources import files
+from pathlib import Path
 
 INDEX = "index.html"
 _KINDS = {
@@ -22,11 +22,10 @@ def page_files() -> dict[str, tuple[bytes, dict[str, str]]]:
     The page asks the server by relative paths, so it works behind any prefix.
     """
     found = {}
-    for file in (files("qoq.server") / "static").iterdir():
-        suffix = file.name[file.name.rfind(".") :]
-        if suffix in _KINDS:
+    for file in sorted((Path(__file__).parent / "static").iterdir()):
+        if file.suffix in _KINDS:
             path = "/" if file.name == INDEX else f"/static/{file.name}"
-            found[path] = (file.read_bytes(), _headers(_KINDS[suffix]))
+            found[path] = (file.read_bytes(), _headers(_KINDS[file.suffix]))
     return found
 
 
