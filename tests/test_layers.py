@@ -10,16 +10,16 @@ import qoq
 ROOT = Path(qoq.__file__).parent
 # Top first. A part may import itself and everything at the levels below its own.
 LEVELS = (
-    ("cli", "server", "llm", "bench", "evaluate"),
+    ("cli", "server", "llm", "batch", "bench", "evaluate"),
     ("engine", "quantize"),
     ("models",),
-    ("checkpoint", "kvcache", "kernels", "tokenizer"),
+    ("checkpoint", "kvcache", "kernels", "tokenizer", "client"),
     ("formats",),
     ("errors",),
 )
 LEVEL_OF = {part: depth for depth, level in enumerate(LEVELS) for part in level}
 # cli is the front of its level: verbs call what stands beside them.
-FRONTS = {"cli": {"server", "llm", "bench", "evaluate"}}
+FRONTS = {"cli": {"server", "llm", "batch", "bench", "evaluate"}}
 DOORS = ("__init__", "__main__")
 
 

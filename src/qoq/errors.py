@@ -63,3 +63,14 @@ class KVCacheFullError(QoqError):
 
 class RequestError(QoqError):
     """A generation request that cannot be honoured: too long, bad sampling parameters, ..."""
+
+
+class ServerError(QoqError):
+    """A server that cannot be reached, refuses a request or breaks off.
+
+    ``kind`` is a short name to count by: connect, timeout, http_503, stream_error, broken_stream.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -16,6 +16,7 @@ from qoq.models.load import load_model
 from qoq.tokenizer import Tokenizer
 
 PAGE_SIZE = 64
+MANY_TOKENS = 2048  # a request is rarely longer, prompt and answer together
 MEMORY_SHARE = 0.8  # of the memory that is free when a generation starts
 
 Prompt = str | Sequence[int]
@@ -101,13 +102,31 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt, piece by piece; the pieces joined are ``generate``'s text."""
+        updates = self.stream_updates(prompt, params)
+        return (update.text for update in updates if update.text)
+
+    def stream_updates(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Iterator[Update]:
+        """``stream`` token by token: ids, texts (some of them empty) and the request they grow."""
         engine, _ = self._start([self._encode(prompt)], [params or SamplingParams()])
 
-        def pieces() -> Iterator[str]:
+        def updates() -> Iterator[Update]:
             while engine.unfinished:
-                yield from (update.text for update in engine.step() if update.text)
+                yield from engine.step()
 
-        return pieces()
+        return updates()
+
+    def new_engine(self) -> Engine:
+        """An engine of its own for requests that are not known yet, as ``feed.keep_full`` adds.
+
+        Its KV cache holds ``kv_tokens``; by default MANY_TOKENS for each of ``max_requests``, or
+        one request as long as the model allows if that is more, as far as free memory goes.
+        Raises ResourceError where there is no memory for any.
+        """
+        longest = pages_needed(self.config.max_positions, PAGE_SIZE)
+        usual = min(longest, pages_for_tokens(MANY_TOKENS, PAGE_SIZE))
+        return self._engine(self._pool(max(longest, usual * self._max_requests), 1))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -122,7 +141,11 @@ class LLM:
         lengths = [check_length(ids, p, context) for ids, p in zip(prompts, params, strict=True)]
         needs = [pages_needed(length, PAGE_SIZE) for length in lengths]
         pool = self._pool(sum(sorted(needs)[-self._max_requests :]), max(needs))
-        engine = Engine(
+        engine = self._engine(pool)
+        return engine, [engine.add(ids, p) for ids, p in zip(prompts, params, strict=True)]
+
+    def _engine(self, pool: KVPool) -> Engine:
+        return Engine(
             self._decoder,
             pool,
             tokenizer=self.tokenizer,
@@ -130,7 +153,6 @@ class LLM:
             max_requests=self._max_requests,
             backend=self._backend,
         )
-        return engine, [engine.add(ids, p) for ids, p in zip(prompts, params, strict=True)]
 
     def _pool(self, wanted: int, least: int) -> KVPool:
         """A cache of ``wanted`` pages, or of what memory allows, but of ``least`` pages."""

@@ -7,14 +7,18 @@ import typer
 from qoq import __version__
 from qoq.cli.bench import kernels, throughput
 from qoq.cli.bench_crossover import crossover
+from qoq.cli.bench_latency import latency
+from qoq.cli.bench_serve import serve as bench_serve
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
+from qoq.cli.complete import complete
 from qoq.cli.eval_ppl import ppl
 from qoq.cli.eval_table import render, table
 from qoq.cli.generate import generate
 from qoq.cli.inspect import inspect
 from qoq.cli.qserve import export_qserve, import_qserve
 from qoq.cli.quantize import quantize
+from qoq.cli.run_batch import run_batch
 from qoq.cli.serve import serve
 from qoq.cli.serve_command import ServeCommand, dashes
 
@@ -24,7 +28,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --max_tokens is --max-tokens, as users of other engines spell it
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
 )
 evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 benches = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
@@ -62,14 +70,18 @@ app.add_typer(evaluation, name="eval", help="Measure accuracy: perplexity, KL, t
 evaluation.command()(ppl)
 evaluation.command()(table)
 evaluation.command()(render)
-app.add_typer(benches, name="bench", help="Measure speed: kernels and whole models.")
+app.add_typer(benches, name="bench", help="Measure speed: kernels, whole models, servers.")
 benches.command()(kernels)
 benches.command()(throughput)
+benches.command()(latency)
+benches.command("serve")(bench_serve)
 benches.command()(crossover)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)
 app.command(cls=ServeCommand, context_settings={"token_normalize_func": dashes})(serve)
+app.command()(complete)
+app.command("run-batch")(run_batch)
 app.command("import-qserve")(import_qserve)
 app.command("export-qserve")(export_qserve)
 app.command("check-env")(check_env)

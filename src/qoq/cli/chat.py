@@ -1,46 +1,61 @@
 """``qoq chat``: a conversation in the terminal."""
 
+import json as jsonlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from qoq.cli.options import (
-    ANY_MODEL,
+    API_KEY,
     JSON,
     MAX_TOKENS,
+    MAYBE_MODEL,
+    MAYBE_TEMPERATURE,
+    MAYBE_TOP_K,
+    MAYBE_TOP_P,
     SAMPLING_SEED,
-    TEMPERATURE,
+    SERVER,
     THREADS,
-    TOP_K,
-    TOP_P,
     use_threads,
 )
+from qoq.cli.speaker import Choices, Speaker, speaker
+from qoq.cli.talk import say, typed
 from qoq.cli.terminal import emit, note, verb
 
-if TYPE_CHECKING:
-    from qoq.engine.request import SamplingParams
-    from qoq.llm import LLM
+HELP = """\
+/new or /reset   start over
+/system TEXT     start over with this system message (none without TEXT)
+/retry           another answer to what you said last
+/save FILE       write the conversation as JSON
+/help            this
+Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
 @verb()
 def chat(
-    model: ANY_MODEL,
+    model: MAYBE_MODEL = None,
+    base_url: SERVER = None,
+    api_key: API_KEY = None,
     message: Annotated[
-        str | None, typer.Option(help="Say this, print the answer and leave.")
+        str | None,
+        typer.Option("--message", "--quick", "-q", help="Say this, print the answer and leave."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", "--system-prompt", help="System message.")
+    ] = None,
     max_tokens: MAX_TOKENS = 512,
-    temperature: TEMPERATURE = 0.0,
-    top_p: TOP_P = 1.0,
-    top_k: TOP_K = 0,
+    temperature: MAYBE_TEMPERATURE = None,
+    top_p: MAYBE_TOP_P = None,
+    top_k: MAYBE_TOP_K = None,
     seed: SAMPLING_SEED = None,
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
-    """Talk with a model through its own chat template.
+    """Talk with a model through its own chat template, or with a server.
 
-    Type a line and press Enter; /new starts over, Ctrl-D leaves, Ctrl-C stops an answer.
+    Type a line and press Enter; /help shows what else there is.
 
     Examples:
 
@@ -48,76 +63,102 @@ def chat(
 
         qoq chat OUT --message "What is a hat?" --json
 
+        qoq chat --base-url http://127.0.0.1:8000
+
     --json (with --message) prints: messages (role, content; the answer last), finish_reason,
     prompt_tokens, tokens.
     """
-    from qoq.engine.request import SamplingParams
     from qoq.errors import RequestError
-    from qoq.llm import LLM
 
     if json and message is None:
         raise RequestError("--json answers one message: add --message TEXT.")
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
     use_threads(threads)
-    llm = LLM(model)
-    first = [{"role": "system", "content": system}] if system else []
+    choices = Choices(max_tokens, temperature, top_p, top_k, seed)
+    who = speaker(model, base_url, api_key, choices, quiet=json)
     if message is None:
-        _converse(llm, params, first)
+        Conversation(who, system).run()
         return
-    messages = [*first, {"role": "user", "content": message}]
-    if not json:
-        _answer(llm, params, messages)
-        return
-    output = llm.chat(messages, params)[0]
-    emit(
-        {
-            "messages": [*messages, {"role": "assistant", "content": output.text}],
-            "finish_reason": output.finish_reason,
-            "prompt_tokens": len(output.prompt_token_ids),
-            "tokens": len(output.token_ids),
-        }
-    )
+    messages = [*_first(system), {"role": "user", "content": message}]
+    said = say(who.chat(messages), quiet=json)
+    if json:
+        emit(
+            {
+                "messages": [*messages, {"role": "assistant", "content": said.text}],
+                "finish_reason": said.finish_reason,
+                "prompt_tokens": said.prompt_tokens,
+                "tokens": said.tokens,
+            }
+        )
 
 
-def _converse(llm: "LLM", params: "SamplingParams", first: list[dict[str, str]]) -> None:
+class Conversation:
     """Line in, answer out, until the input ends."""
-    from qoq.errors import RequestError
 
-    llm.tokenizer.encode_chat([*first, {"role": "user", "content": "?"}])  # refuse before typing
-    if sys.stdin.isatty():
-        note("/new starts over, Ctrl-D leaves, Ctrl-C stops an answer.")
-    messages = list(first)
-    while True:
+    def __init__(self, who: Speaker, system: str | None) -> None:
+        self._who = who
+        self._first = _first(system)
+        self._messages = list(self._first)
+
+    def run(self) -> None:
+        """Ends with the input."""
+        self._who.check_chat()  # refuse before anything is typed
+        if sys.stdin.isatty():
+            note("/help shows what there is; Ctrl-C stops an answer, Ctrl-D leaves.")
+        while (said := typed()) is not None:
+            text = said.strip()
+            word = text.split(" ")[0]
+            if not text:
+                continue
+            if word.startswith("/") and word[1:].isalpha():
+                self._command(word, text[len(word) :].strip())
+            else:
+                self._messages.append({"role": "user", "content": text})
+                self._answer()
+
+    def _command(self, word: str, rest: str) -> None:
+        if word in ("/new", "/reset"):
+            self._messages = list(self._first)
+        elif word == "/system":
+            self._first = _first(rest)
+            self._messages = list(self._first)
+        elif word == "/retry":
+            if self._messages[-1:] and self._messages[-1]["role"] == "assistant":
+                self._messages.pop()
+            if self._messages[-1:] and self._messages[-1]["role"] == "user":
+                self._answer()
+            else:
+                note("Nothing was said yet.")
+        elif word == "/save":
+            self._save(rest)
+        elif word == "/help":
+            note(HELP)
+        else:
+            note(f"There is no {word}; /help shows what there is.")
+
+    def _answer(self) -> None:
+        from qoq.errors import RequestError, ServerError
+
         try:
-            said = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not said:
-            continue
-        if said == "/new":
-            messages = list(first)
-            continue
-        messages.append({"role": "user", "content": said})
-        try:
-            answer = _answer(llm, params, messages)
-        except RequestError as error:  # most often: the conversation has outgrown the context
-            messages.pop()
+            said = say(self._who.chat(self._messages))
+        except (RequestError, ServerError) as error:
+            # Most often the conversation has outgrown the context, or the server is away.
+            self._messages.pop()
             note(f"{error} /new starts over.")
-            continue
-        messages.append({"role": "assistant", "content": answer})
+            return
+        self._messages.append({"role": "assistant", "content": said.text})
+
+    def _save(self, name: str) -> None:
+        if not name:
+            note("/save needs the name of a file.")
+            return
+        text = jsonlib.dumps({"messages": self._messages}, indent=2, ensure_ascii=False)
+        try:
+            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            note(f"{name} cannot be written: {error.strerror or error}.")
+            return
+        note(f"{len(self._messages)} messages are in {name}.")
 
 
-def _answer(llm: "LLM", params: "SamplingParams", messages: list[dict[str, str]]) -> str:
-    """Print an answer as it grows; an interrupt keeps what there is."""
-    answer = ""
-    try:
-        for piece in llm.stream(llm.tokenizer.encode_chat(messages), params):
-            print(piece, end="", flush=True)
-            answer += piece
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-    print()
-    return answer
+def _first(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []

@@ -31,6 +31,41 @@ TOP_K = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0
 SAMPLING_SEED = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same text. Default: random.")
 ]
+BASE_URL = Annotated[
+    str, typer.Option("--base-url", "--url", help="A server's address, such as http://host:8000.")
+]
+SERVER = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url", "--url", help="Ask this OpenAI-compatible server; no model is loaded here."
+    ),
+]
+API_KEY = Annotated[
+    str | None,
+    typer.Option(help="Key that the server wants.", envvar=["QOQ_API_KEY", "OPENAI_API_KEY"]),
+]
+OVERWRITE_FILE = Annotated[
+    bool, typer.Option("--overwrite", help="Start afresh, whatever earlier runs have left.")
+]
+MAYBE_MODEL = Annotated[
+    str | None,
+    typer.Argument(
+        help="Packed checkpoint, full-precision folder or hub id; with --base-url a model's name "
+        "there.",
+        show_default=False,
+    ),
+]
+_DEFAULT = " Default: the server's; of a model loaded here "
+MAYBE_TEMPERATURE = Annotated[
+    float | None, typer.Option("--temperature", "--temp", help=f"0: greedy.{_DEFAULT}0.")
+]
+MAYBE_TOP_P = Annotated[
+    float | None,
+    typer.Option(help=f"Choose among the likeliest tokens that add up to this.{_DEFAULT}1 (all)."),
+]
+MAYBE_TOP_K = Annotated[
+    int | None, typer.Option(help=f"Choose among the k likeliest tokens.{_DEFAULT}0 (all).")
+]
 
 
 def use_threads(threads: int | None) -> None:

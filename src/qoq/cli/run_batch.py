@@ -1,0 +1,78 @@
+"""``qoq run-batch``: a file of requests answered, without a server."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qoq.cli.options import JSON, OVERWRITE_FILE
+from qoq.cli.terminal import bar, duration, emit, note, verb
+
+
+@verb("The same command goes on from there.")
+def run_batch(
+    input_file: Annotated[
+        Path, typer.Option("--input-file", "-i", help="Requests in OpenAI's batch format.")
+    ],
+    output_file: Annotated[Path, typer.Option("--output-file", "-o", help="Where the answers go.")],
+    model: Annotated[
+        str, typer.Option(help="Packed checkpoint, or a full-precision folder or hub id.")
+    ],
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name in the answers. Default: the request's, or MODEL.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at a time.")] = 64,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in the KV cache. Default: as free memory allows.")
+    ] = None,
+    overwrite: OVERWRITE_FILE = False,
+    json: JSON = False,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format, as fast as the engine goes.
+
+    Lines of /v1/chat/completions and /v1/completions; answers appear in the order they are
+    finished, under their custom_id. They gather in OUT.partial; an interrupted run goes on there.
+
+        qoq run-batch -i requests.jsonl -o answers.jsonl --model OUT
+
+    --json prints: out, total, resumed, done, failed, prompt_tokens, tokens, seconds.
+    """
+    from qoq.batch.results import Results
+    from qoq.batch.run import run_batch as run
+    from qoq.batch.run import sampling_defaults
+    from qoq.errors import SourceError
+    from qoq.llm import LLM
+
+    if not input_file.is_file():
+        raise SourceError(f"There is no file {input_file}.")
+    if output_file.exists() and output_file.samefile(input_file):
+        raise SourceError("Input and output are the same file; name another output.")
+    with Results(output_file, overwrite=overwrite) as results:
+        if results.resumed and not json:
+            note(f"{results.resumed} answers are there already.")
+        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens)
+        engine = llm.new_engine()
+        start = time.monotonic()
+        with bar("requests", quiet=json) as progress:
+            tally = run(
+                engine,
+                llm.tokenizer,
+                input_file,
+                results,
+                model=served_model_name or model,
+                defaults=sampling_defaults(llm.path),
+                ahead=2 * max_num_seqs,
+                context=llm.config.max_positions,
+                progress=progress,
+            )
+    seconds = time.monotonic() - start
+    facts = {"out": str(output_file), **tally.to_dict(), "seconds": round(seconds, 3)}
+    if json:
+        emit(facts)
+        return
+    print(
+        f"{output_file}: {tally.done} answers, {tally.failed} of them errors; "
+        f"{tally.tokens} new tokens in {duration(seconds)}, "
+        f"{tally.tokens / max(seconds, 1e-9):.1f} tokens/s"
+    )
