@@ -1,0 +1,32 @@
+"""EngineStats: an engine's gauges and counters at one moment, for benches, logs and metrics."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges: requests that run and wait, KV pages in use and in all. Counters, which only grow:
+    prefix_queries, prefix_hits (prompt tokens looked for and found in the prefix cache),
+    preemptions, prompt_tokens (of prompts that are read), generation_tokens, steps, finished requests by
+    ``finish_reason``.
+    """
+
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    finished: dict[str, int]
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV pages that is in use, 0..1."""
+        return self.kv_pages_used / self.kv_pages_total if self.kv_pages_total else 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
