@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 class EngineStats:
     """Gauges: requests that run and wait, KV pages in use and in all. Counters, which only grow:
     prefix_queries, prefix_hits (prompt tokens looked for and found in the prefix cache),
-    preemptions, prompt_tokens (of prompts that are read), generation_tokens, steps, finished requests by
+    preemptions, prompt_tokens (of prompts that are read), generation_tokens, steps, and the
+    requests that have ended, by
     ``finish_reason``.
     """
 

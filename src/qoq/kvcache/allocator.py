@@ -1,4 +1,4 @@
-"""PageAllocator: which pages are free, shared or worth keeping; pure Python, no tensors (QServe 5.3).
+"""PageAllocator: which pages are free, shared or worth keeping; no tensors (QServe 5.3).
 
 A full page can be named by a key that says which tokens it holds. When its last user lets go of
 it, its content stays: it is free, yet it can be found by its key until its memory is needed.

@@ -70,9 +70,7 @@ class Batch:
                 raise ValueError(f"sequence {s}: {start + count} tokens in {held}")
             table[s, : len(own)] = own
         flat = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
-        return cls.ragged(
-            flat, np.array(starts, dtype=np.int64), counts, table, page_size, device
-        )
+        return cls.ragged(flat, np.array(starts, dtype=np.int64), counts, table, page_size, device)
 
     @classmethod
     def ragged(
