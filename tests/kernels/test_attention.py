@@ -204,7 +204,7 @@ def test_a_row_does_not_know_its_chunk(bits: tuple[int, int], window: int | None
         [(total, total)], bits=bits, heads=(6, 2), dim=64, page_size=size, window=window
     )
     out = whole.run()
-    for cut in (1, 7, 31, 32, 33, 100, 255, 256, 257, 511, 513, 598):
+    for cut in (1, 33, 255, 256, 257, 598):
         for start, stop in ((0, cut), (cut, total), (cut, cut + 1)):
             part = replace(
                 whole,

@@ -71,7 +71,7 @@ class Invariance:
         self._shape = PoolShape(
             kv, config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim
         )
-        sampled = {"temperature": 1.0, "top_p": 0.95, "top_k": 50}
+        sampled: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 50}
         self._asked = [
             Asked(
                 self._random_ids(min(length, self._context - new_tokens)),

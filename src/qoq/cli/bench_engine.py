@@ -1,4 +1,4 @@
-"""``qoq bench engine`` and ``qoq bench invariance``: what a step costs, and that it changes nothing."""
+"""``qoq bench engine`` and ``invariance``: what a step costs; that company changes nothing."""
 
 from typing import Annotated
 
@@ -88,8 +88,8 @@ def invariance(
                 trials.append({"backend": name, **trial.to_dict()})
                 progress(len(trials), total, f"{name}: {trial.name}")
     facts = {
-        "comparisons": sum(trial["comparisons"] for trial in trials),
-        "mismatches": sum(trial["mismatches"] for trial in trials),
+        "comparisons": sum(row["comparisons"] for row in trials),
+        "mismatches": sum(row["mismatches"] for row in trials),
         "trials": trials,
         "scheme": scheme,
         "seed": seed,
@@ -98,10 +98,10 @@ def invariance(
     if json:
         emit(facts)
     else:
-        for trial in trials:
+        for row in trials:
             print(
-                f"{trial['backend']:7} {trial['name']:28} {trial['comparisons']:4} compared, "
-                f"{trial['mismatches']} differ"
+                f"{row['backend']:7} {row['name']:28} {row['comparisons']:4} compared, "
+                f"{row['mismatches']} differ"
             )
         print(f"{scheme}: {facts['comparisons']} compared, {facts['mismatches']} differ")
     if facts["mismatches"]:

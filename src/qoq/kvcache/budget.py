@@ -1,4 +1,4 @@
-"""How big the KV cache is: bytes given or a share of what is free, and never more than is of use."""
+"""How big the KV cache is: bytes given or a share of what is free, never more than is of use."""
 
 from dataclasses import dataclass
 from pathlib import Path
