@@ -194,6 +194,14 @@ def test_who_is_thrown_out_comes_back_before_those_behind_it() -> None:
     assert [r.row >= 0 for r in (first, second, third)] == [True, True, False]
 
 
+def test_pages_for_all_at_their_longest_let_all_in_at_once() -> None:
+    lengths = [5, 9, 13, 17]
+    line = scheduler(num_pages=sum(-(-(n - 1) // 4) for n in lengths))
+    for n in lengths:
+        line.add(request([n] * (n - 1), max_length=n))
+    assert len(line.plan().chunks) == 4
+
+
 def test_a_line_of_aborted_requests_does_not_grow_for_ever() -> None:
     line = scheduler(max_requests=1)
     line.add(request([1]))

@@ -165,10 +165,13 @@ class Scheduler:
         return admitted
 
     def _has_room(self, request: Request, cached: Sequence[int]) -> bool:
-        """A row, and pages for what it has while each that runs can still get one more."""
-        spare = len(self._running)
+        """A row, and pages for what it has while all that run can get one more, if they ever will."""
+        if not self._rows:
+            return False
+        size = self._page_size
+        spare = sum(r.max_length - 1 > len(r.pages) * size for r in self._running)
         new = self._pages_for(request) - len(cached) + self.pages.num_unused(cached)
-        return bool(self._rows) and new + spare <= self.pages.num_free
+        return new + spare <= self.pages.num_free
 
     def _make_room(self, request: Request, cached: Sequence[int]) -> bool:
         """Throw out requests of lower priority, the last in line first, until there is room."""
