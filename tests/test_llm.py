@@ -210,9 +210,9 @@ def test_cache_that_memory_cannot_hold(
 
     def generate(available: float) -> None:
         monkeypatch.setattr(
-            "qoq.llm.psutil.virtual_memory", lambda: SimpleNamespace(available=available)
+            "qoq.kvcache.budget.psutil.virtual_memory", lambda: SimpleNamespace(available=available)
         )
-        tiny[0].generate("w" * 100, SamplingParams(max_tokens=5))
+        LLM(tiny[0].path).generate("w" * 100, SamplingParams(max_tokens=5))
 
     generate(2 * page / 0.8 + 10)
     with pytest.raises(ResourceError, match=r"needs 128 tokens of KV cache.* holds 64"):
@@ -245,6 +245,27 @@ def test_interrupt_leaves_the_model_usable(
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello", "t"], params, progress=True)
     assert llm.generate("hello", params) == wanted
+
+
+def test_calls_share_an_engine_and_its_prefix_cache(tiny: tuple[LLM, Any]) -> None:
+    llm = LLM(tiny[0].path)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    wanted = llm.generate("w" * 90, params)
+    engine = llm._engine
+    assert engine is not None
+    assert llm.generate("w" * 90, params) == wanted
+    assert llm._engine is engine
+    assert engine.stats().prefix_hits == 64
+    with pytest.raises(RequestError, match="vocabulary"):
+        llm.generate([[1, 2], [10**6]])
+    stream = llm.stream("hello", params)
+    next(stream)
+    stream.close()
+    assert engine.unfinished == 0
+    llm.generate(["w" * 90] * 3, params)  # more than its pages hold
+    assert llm._engine is not engine
+    cold = LLM(tiny[0].path, enable_prefix_caching=False)
+    assert cold.generate("w" * 90, params) == cold.generate("w" * 90, params) == wanted
 
 
 def test_progress_goes_to_standard_error(

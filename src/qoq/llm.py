@@ -4,20 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams, Update
 from qoq.errors import RequestError, ResourceError
-from qoq.kvcache.pool import KVPool, pages_for_budget, pages_for_tokens
+from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
+from qoq.kvcache.pool import pages_for_budget, pages_for_tokens
 from qoq.models.load import load_model
 from qoq.tokenizer import Tokenizer
 
 PAGE_SIZE = 64
 MANY_TOKENS = 2048  # a request is rarely longer, prompt and answer together
-MEMORY_SHARE = 0.8  # of the memory that is free when a generation starts
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -36,13 +35,15 @@ class LLM:
         *,
         kv_tokens: int | None = None,
         max_requests: int = 64,
+        enable_prefix_caching: bool = True,
         backend: str = "auto",
     ) -> None:
         """Load a folder or a hub id.
 
         kv_tokens bounds the tokens whose keys and values are held at a time, all requests
         together (None: what the requests need, within free memory); requests beyond that wait.
-        Raises CheckpointError, SourceError or UnsupportedModelError.
+        With enable_prefix_caching a prompt that begins like one of an earlier call is not computed
+        anew. Raises CheckpointError, SourceError or UnsupportedModelError.
         """
         if kv_tokens is not None and kv_tokens < 1:
             raise RequestError(f"kv_tokens must be 1 or more, not {kv_tokens}.")
@@ -57,7 +58,10 @@ class LLM:
         self._eos_ids = self.tokenizer.eos_ids or loaded.config.eos_token_ids
         self._kv_tokens = kv_tokens
         self._max_requests = max_requests
+        self._prefix_caching = enable_prefix_caching
         self._backend = backend
+        self._engine: Engine | None = None
+        self._num_pages = 0  # of that engine's cache
 
     def generate(
         self,
@@ -80,8 +84,11 @@ class LLM:
         with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
             left = sum(request.max_length - len(request.ids) for request in requests)
             task = bar.add_task("generating", total=left)
-            while engine.unfinished:
-                bar.advance(task, sum(map(_gained, engine.step())))
+            own, unfinished = set(map(id, requests)), len(requests)
+            while unfinished:
+                updates = [u for u in self._step(engine) if id(u.request) in own]
+                bar.advance(task, sum(map(_gained, updates)))
+                unfinished -= sum(u.request.finish_reason is not None for u in updates)
         return [request.output() for request in requests]
 
     def chat(
@@ -109,16 +116,27 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Iterator[Update]:
         """``stream`` token by token: ids, texts (some of them empty) and the request they grow."""
-        engine, _ = self._start([self._encode(prompt)], [params or SamplingParams()])
+        engine, [request] = self._start([self._encode(prompt)], [params or SamplingParams()])
 
         def updates() -> Iterator[Update]:
-            while engine.unfinished:
-                yield from engine.step()
+            tokens = shown = 0
+            try:
+                # The request also grows while other streams and calls make the engine step.
+                while request.finish_reason is None or tokens < request.num_new:
+                    if tokens == request.num_new:
+                        self._step(engine)
+                    for token_id in request.token_ids[tokens:]:
+                        tokens += 1
+                        text = request.text[shown:] if tokens == request.num_new else ""
+                        shown += len(text)
+                        yield Update(request, token_id, text)
+            finally:
+                engine.abort(request)
 
         return updates()
 
     def new_engine(self) -> Engine:
-        """An engine of its own for requests that are not known yet, as ``feed.keep_full`` adds.
+        """An engine for requests that are not known yet, as ``feed.keep_full`` adds.
 
         Its KV cache holds ``kv_tokens``; by default MANY_TOKENS for each of ``max_requests``, or
         one request as long as the model allows if that is more, as far as free memory goes.
@@ -126,7 +144,7 @@ class LLM:
         """
         longest = pages_needed(self.config.max_positions, PAGE_SIZE)
         usual = min(longest, pages_for_tokens(MANY_TOKENS, PAGE_SIZE))
-        return self._engine(self._pool(max(longest, usual * self._max_requests), 1))
+        return self._engine_for(max(longest, usual * self._max_requests), 1)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -136,45 +154,63 @@ class LLM:
     def _start(
         self, prompts: list[list[int]], params: Sequence[SamplingParams]
     ) -> tuple[Engine, list[Request]]:
-        """An engine of its own for these prompts, with a KV cache just big enough."""
+        """The engine, with these prompts in line."""
         context = self.config.max_positions
         lengths = [check_length(ids, p, context) for ids, p in zip(prompts, params, strict=True)]
         needs = [pages_needed(length, PAGE_SIZE) for length in lengths]
-        pool = self._pool(sum(sorted(needs)[-self._max_requests :]), max(needs))
-        engine = self._engine(pool)
-        return engine, [engine.add(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        engine = self._engine_for(sum(sorted(needs)[-self._max_requests :]), max(needs))
+        requests: list[Request] = []
+        try:
+            for ids, own in zip(prompts, params, strict=True):
+                requests.append(engine.add(ids, own))
+        except RequestError:
+            for request in requests:
+                engine.abort(request)
+            raise
+        return engine, requests
 
-    def _engine(self, pool: KVPool) -> Engine:
-        return Engine(
-            self._decoder,
-            pool,
-            tokenizer=self.tokenizer,
-            eos_ids=self._eos_ids,
-            max_requests=self._max_requests,
-            backend=self._backend,
-        )
+    def _engine_for(self, wanted: int, least: int) -> Engine:
+        """The engine of earlier calls if its cache has ``wanted`` pages, else a new one.
 
-    def _pool(self, wanted: int, least: int) -> KVPool:
-        """A cache of ``wanted`` pages, or of what memory allows, but of ``least`` pages."""
+        A new cache has as many or, within free memory, at least twice the old one's; ResourceError
+        where memory does not hold ``least`` pages.
+        """
+        limit = None if self._kv_tokens is None else pages_for_tokens(self._kv_tokens, PAGE_SIZE)
+        if limit is not None:
+            wanted = min(wanted, limit)
+        if self._engine is not None and self._num_pages >= wanted:
+            return self._engine
+        wanted = max(wanted, 2 * self._num_pages)
+        self._engine, self._num_pages = None, 0  # its memory is free for the new one
         config, kv = self.config, self.scheme.kv
-        shape = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
-        free = int(psutil.virtual_memory().available * MEMORY_SHARE)
-        pages = min(wanted, pages_for_budget(free, kv, *shape))
+        sizes = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+        pages = pages_for_budget(int(memory_at_hand() * MEMORY_FRACTION), kv, *sizes)
         if pages < least:
             raise ResourceError(
                 f"The longest request needs {least * PAGE_SIZE} tokens of KV cache; the free "
                 f"memory holds {pages * PAGE_SIZE}. Lower max_tokens or free some memory."
             )
-        if self._kv_tokens is not None:
-            pages = min(pages, pages_for_tokens(self._kv_tokens, PAGE_SIZE))
-        return KVPool(
-            kv,
-            num_layers=config.num_layers,
-            num_pages=pages,
-            num_kv_heads=config.num_kv_heads,
-            page_size=PAGE_SIZE,
-            head_dim=config.head_dim,
+        pages = min(pages, wanted if limit is None else min(wanted, limit))
+        self._engine = Engine(
+            self._decoder,
+            PoolShape(kv, *sizes).pool(pages),
+            tokenizer=self.tokenizer,
+            eos_ids=self._eos_ids,
+            max_requests=self._max_requests,
+            enable_prefix_caching=self._prefix_caching,
+            backend=self._backend,
         )
+        self._num_pages = pages
+        return self._engine
+
+    def _step(self, engine: Engine) -> list[Update]:
+        """One step. An engine that was interrupted in the midst of one is not used again."""
+        try:
+            return engine.step()
+        except BaseException:
+            if self._engine is engine:
+                self._engine, self._num_pages = None, 0
+            raise
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qoq.engine.engine import PREFILL_CHUNK, Engine, check_length, pages_needed
+from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Request, SamplingParams
 from qoq.errors import RequestError
 from qoq.formats.scheme import KVFormat
@@ -116,38 +116,36 @@ def test_every_request_gets_its_own_tokens(
         assert request.finish_reason == "length"
         assert len(request.logprobs) == count
         assert request.pages == []
-    assert e._allocator.num_free == num_pages
+    assert e.stats().kv_pages_used == 0
 
 
-def test_long_prompts_are_read_in_chunks_that_depend_on_nothing_else() -> None:
-    long = [i % VOCAB for i in range(2 * PREFILL_CHUNK + 10)]
-    lengths = []
-    for others in ([], [[3]] * 3, [long, [1, 2]]):
-        decoder = HashDecoder()
-        e = engine(2000, decoder, max_step_tokens=PREFILL_CHUNK)
-        for prompt in others:
-            e.add(prompt, SamplingParams(max_tokens=9))
-        request = e.add(long, SamplingParams(max_tokens=3))
-        run(e)
-        assert request.token_ids == expected(long, 3)
-        ends = {PREFILL_CHUNK, 2 * PREFILL_CHUNK, len(long)}
-        lengths.append([int(n) for b in decoder.batches for n in b.kv_lens if int(n) in ends])
-        rows = max(b.num_tokens for b in decoder.batches)
-        assert rows <= PREFILL_CHUNK + 64
-    assert lengths[0] == lengths[1] == [PREFILL_CHUNK, 2 * PREFILL_CHUNK, len(long)]
-
-
-def test_generating_requests_go_on_while_a_prompt_is_read() -> None:
-    e = engine(2000, max_requests=2, max_step_tokens=1)
-    quick = e.add([1], SamplingParams(max_tokens=4))
-    slow = e.add([2] * (3 * PREFILL_CHUNK), SamplingParams(max_tokens=1))
+def test_a_step_reads_what_its_budget_holds_and_generating_requests_go_first() -> None:
+    decoder = HashDecoder()
+    e = engine(2000, decoder, max_requests=4, max_step_tokens=20)
+    quick = [e.add([i], SamplingParams(max_tokens=30)) for i in range(3)]
     e.step()
-    for _ in range(3):
-        before = quick.num_new
+    long = [i % VOCAB for i in range(101)]
+    slow = e.add(long, SamplingParams(max_tokens=3))
+    while slow.num_new == 0:
+        before = [request.num_new for request in quick]
         e.step()
-        assert quick.num_new == before + 1
+        assert [request.num_new for request in quick] == [n + 1 for n in before]
+        assert decoder.batches[-1].num_tokens <= 20
+    assert len(decoder.batches) == 1 + -(-101 // 17)
     run(e)
-    assert slow.finish_reason == "length"
+    assert slow.token_ids == expected(long, 3)
+
+
+def test_a_long_prompt_neither_holds_up_short_ones_nor_waits_for_them() -> None:
+    e = engine(2000, max_requests=8, max_step_tokens=40, enable_prefix_caching=False)
+    long = e.add([3] * 400, SamplingParams(max_tokens=1))
+    shorts, steps = [], 0
+    while long.finish_reason is None:
+        shorts.append(e.add([steps % VOCAB] * 10, SamplingParams(max_tokens=1)))
+        e.step()
+        steps += 1
+        assert all(request.finish_reason for request in shorts)
+    assert steps <= 400 // 20 + 1
 
 
 def test_eos_ends_a_request_and_frees_its_pages_for_the_next() -> None:
@@ -157,17 +155,16 @@ def test_eos_ends_a_request_and_frees_its_pages_for_the_next() -> None:
     first = e.add(prompt, SamplingParams(max_tokens=30))
     second = e.add(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
     third = e.add(prompt, SamplingParams(max_tokens=12, stop_token_ids=[stop[0]], ignore_eos=True))
-    e.step()
-    assert (first.num_new, second.num_new, third.num_new) == (1, 0, 0)
     run(e)
     assert first.finish_reason == "stop"
     assert first.token_ids == stop[: stop.index(stop[5]) + 1]
     assert (second.finish_reason, second.num_new) == ("length", 12)
     assert (third.finish_reason, third.token_ids) == ("stop", stop[:1])
+    assert e.stats().finished == {"stop": 2, "length": 1}
 
 
 def test_first_come_first_served() -> None:
-    e = engine(num_pages=8)
+    e = engine(num_pages=8, enable_prefix_caching=False)
     big = e.add([1] * 20, SamplingParams(max_tokens=2))
     bigger = e.add([1] * 25, SamplingParams(max_tokens=2))
     small = e.add([1], SamplingParams(max_tokens=2))
@@ -178,22 +175,130 @@ def test_first_come_first_served() -> None:
 
 
 def test_abort_waiting_and_running() -> None:
-    e = engine(num_pages=4)
+    e = engine(num_pages=4, max_requests=1)
     running = e.add([1, 2, 3], SamplingParams(max_tokens=10))
     waiting = e.add([1, 2, 3], SamplingParams(max_tokens=10))
     e.step()
+    assert (e.stats().running, e.stats().waiting) == (1, 1)
     e.abort(waiting)
     e.abort(running)
     assert e.unfinished == 0
-    assert e._allocator.num_free == 4
+    assert e.stats().kv_pages_used == 0
     assert running.output().finish_reason == waiting.output().finish_reason == "abort"
     assert running.num_new == 1
+    assert running.finish_time is not None
     assert e.step() == []
     e.abort(running)  # nothing is left to free
     last = e.add([1], SamplingParams(max_tokens=2))
     run(e)
     e.abort(last)
     assert last.finish_reason == "length"
+
+
+def test_a_full_cache_throws_out_the_youngest_and_changes_no_token() -> None:
+    e = engine(num_pages=10)
+    requests = [e.add([i] * 5, SamplingParams(max_tokens=30)) for i in range(4)]
+    order = []
+    while e.unfinished:
+        e.step()
+        order += [r for r in requests if r.finish_reason and r not in order]
+    assert order == requests
+    assert requests[0].num_preemptions == 0
+    assert e.stats().preemptions == sum(r.num_preemptions for r in requests) > 0
+    for i, request in enumerate(requests):
+        assert request.token_ids == expected([i] * 5, 30)
+
+
+def test_priorities_go_first_and_take_the_place_of_others() -> None:
+    e = engine(num_pages=8, max_requests=2, enable_prefix_caching=False)
+    low = [e.add([i] * 9, SamplingParams(max_tokens=8), priority=5) for i in range(3)]
+    e.step()
+    assert [r.num_new for r in low] == [1, 1, 0]
+    urgent = e.add([7] * 9, SamplingParams(max_tokens=8), priority=-1)
+    e.step()
+    assert (urgent.num_new, low[1].num_preemptions, low[1].num_new) == (1, 1, 1)
+    run(e)
+    for i, request in enumerate(low):
+        assert request.token_ids == expected([i] * 9, 8)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_prompt_seen_before_is_not_computed_again(caching: bool) -> None:
+    decoder = HashDecoder()
+    e = engine(64, decoder, enable_prefix_caching=caching)
+    prompt = [i % VOCAB for i in range(18)]
+    first = e.add(prompt, SamplingParams(max_tokens=5))
+    run(e)
+    before = sum(batch.num_tokens for batch in decoder.batches)
+    second = e.add(prompt, SamplingParams(max_tokens=5))
+    longer = e.add(prompt + first.token_ids + [4], SamplingParams(max_tokens=2))
+    salted = e.add(prompt, SamplingParams(max_tokens=5), cache_salt="another")
+    run(e)
+    assert second.token_ids == salted.token_ids == first.token_ids
+    assert longer.token_ids == expected(prompt + first.token_ids + [4], 2)
+    cached = [r.num_cached_prompt_tokens for r in (first, second, longer, salted)]
+    assert cached == ([0, 16, 20, 0] if caching else [0, 0, 0, 0])
+    read = sum(batch.num_tokens for batch in decoder.batches) - before
+    assert read == 18 + 4 + 24 + 1 + 18 + 4 - sum(cached)
+    stats = e.stats()
+    assert (stats.prefix_hits, stats.prefix_queries) == ((36, 78) if caching else (0, 0))
+    assert (stats.prompt_tokens, stats.generation_tokens) == (78, 17)
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed() -> None:
+    e = engine()
+    prompt = [5] * (2 * PAGE)
+    for cached in (0, PAGE, PAGE):
+        request = e.add(prompt, SamplingParams(max_tokens=3))
+        run(e)
+        assert request.token_ids == expected(prompt, 3)
+        assert request.num_cached_prompt_tokens == cached
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_samples_of_one_prompt_share_its_pages(caching: bool) -> None:
+    decoder = HashDecoder()
+    e = engine(40, decoder, enable_prefix_caching=caching)
+    prompt = [i % VOCAB for i in range(4 * PAGE + 2)]
+    params = SamplingParams(max_tokens=6, temperature=20.0, seed=2**63 - 2)
+    samples = e.add_samples(prompt, params, 5)
+    stranger = e.add([9] * 3, params)
+    e.step()
+    assert stranger.num_new == samples[0].num_new == 1
+    e.step()
+    used = e.stats().kv_pages_used
+    assert used <= 4 + 5 * 1 + 2
+    run(e)
+    assert sum(b.num_tokens for b in decoder.batches) == 4 * PAGE + 5 * (2 + 5) + 3 + 5
+    assert [r.params.seed for r in samples] == [2**63 - 2, 2**63 - 1, 0, 1, 2]
+    assert len({tuple(r.token_ids) for r in samples}) == 5
+    single = engine()
+    alone = single.add(prompt, samples[3].params)
+    run(single)
+    assert alone.token_ids == samples[3].token_ids
+    with pytest.raises(RequestError, match="n must be"):
+        e.add_samples(prompt, params, 0)
+
+
+def test_times_of_a_request() -> None:
+    e = engine()
+    request = e.add([1, 2], SamplingParams(max_tokens=3))
+    assert (request.first_token_time, request.finish_time) == (None, None)
+    run(e)
+    assert request.first_token_time is not None
+    assert request.finish_time is not None
+    assert request.arrival_time <= request.first_token_time <= request.finish_time
+
+
+def test_max_model_len_bounds_prompt_and_new_tokens() -> None:
+    e = engine(max_model_len=12)
+    request = e.add([1] * 7, SamplingParams(max_tokens=50))
+    run(e)
+    assert (request.num_new, request.finish_reason) == (5, "length")
+    with pytest.raises(RequestError, match="context is 12"):
+        e.add([1] * 12, SamplingParams())
+    with pytest.raises(RequestError, match="max_model_len must be"):
+        engine(max_model_len=5000)
 
 
 def test_context_ends_a_text() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -170,9 +170,9 @@ def test_many_query_blocks(window: int | None, monkeypatch: pytest.MonkeyPatch) 
     case = make_case([(150, 201), (1, 130)], bits=(16, 16), heads=(2, 1), window=window)
     want = dense(case)
     torch.testing.assert_close(case.run().double(), want, rtol=1e-4, atol=1e-5)
-    for rows, scores in ((1, 1 << 22), (7, 1 << 22), (64, 900)):
+    for rows, segment in ((1, 1), (8, 64), (64, 64)):
         monkeypatch.setattr(attention_module, "_ROWS", rows)
-        monkeypatch.setattr(attention_module, "_SCORES", scores)
+        monkeypatch.setattr(attention_module, "SEGMENT", segment)
         torch.testing.assert_close(case.run().double(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -193,6 +193,26 @@ def dense(case: Case) -> Tensor:
         scores = (q @ k.mT * case.sm_scale).where(seen, -torch.inf)
         out[cu[s] : cu[s + 1]] = (scores.softmax(-1) @ v).transpose(0, 1)
     return out
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (16, 16)])
+@pytest.mark.parametrize("window", [None, 5, 300])
+def test_a_row_does_not_know_its_chunk(bits: tuple[int, int], window: int | None) -> None:
+    """To the bit, wherever a prompt is cut: design decision 3."""
+    total, size = 600, 16
+    whole = make_case(
+        [(total, total)], bits=bits, heads=(6, 2), dim=64, page_size=size, window=window
+    )
+    out = whole.run()
+    for cut in (1, 33, 255, 256, 257, 598):
+        for start, stop in ((0, cut), (cut, total), (cut, cut + 1)):
+            part = replace(
+                whole,
+                q=whole.q[start:stop],
+                kv_lens=torch.tensor([stop], dtype=torch.int32),
+                cu_seqlens_q=torch.tensor([0, stop - start], dtype=torch.int32),
+            )
+            assert torch.equal(part.run(), out[start:stop]), (cut, start, stop)
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -7,6 +7,7 @@ import typer
 from qoq import __version__
 from qoq.cli.bench import kernels, throughput
 from qoq.cli.bench_crossover import crossover
+from qoq.cli.bench_engine import engine, invariance
 from qoq.cli.bench_latency import latency
 from qoq.cli.bench_serve import serve as bench_serve
 from qoq.cli.chat import chat
@@ -76,6 +77,8 @@ benches.command()(throughput)
 benches.command()(latency)
 benches.command("serve")(bench_serve)
 benches.command()(crossover)
+benches.command()(engine)
+benches.command()(invariance)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.bench import LAYERS, SCHEME, SHAPE, THREADS, origin, use_threads, what_runs
-from qoq.cli.options import JSON
+from qoq.cli.bench import LAYERS, SCHEME, SHAPE, origin, what_runs
+from qoq.cli.options import JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 

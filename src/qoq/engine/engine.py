@@ -1,36 +1,37 @@
 """Engine: many requests through one decoder over a paged KV cache (QServe section 5.1).
 
-A step runs one batch: the next token of every request that is generating, and as many prompt
-chunks of the others as the step's token budget holds. What a request's rows look like, where its
-chunks begin and end included, depends on the request alone, so its tokens do not depend on what
-else is in the batch.
+A step runs one batch: the next token of every request that is generating, and as many tokens of
+prompts as its budget holds. Kernels compute a row from its own sequence alone, so a request's
+tokens do not depend on what else is in the batch, on where its prompt is cut into chunks, on
+cached prefixes or on being thrown out and read again (docs/numerics.md).
 """
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 
 import torch
-from torch import Tensor
 
 from qoq.engine.request import Request, SamplingParams, Update
+from qoq.engine.rows import Rows
+from qoq.engine.scheduler import Scheduler
 from qoq.engine.stats import EngineStats
 from qoq.errors import RequestError
-from qoq.kernels.sample import SamplingBatch, sample
-from qoq.kvcache.allocator import PageAllocator
+from qoq.kernels.sample import sample
 from qoq.kvcache.pool import KVPool, pages_for_tokens
-from qoq.models.batch import Batch
 from qoq.models.decoder import Decoder
 from qoq.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512
+_SEEDS = 2**63
 
 
 class Engine:
-    """Runs requests to their end, first come, first served.
+    """Runs requests to their end, by priority, then first come, first served.
 
-    A request gets all the pages it may ever need when it is admitted, so nothing that runs is ever
-    thrown out; the others wait in line.
+    Not for several threads at once: whoever calls ``step`` also calls ``add`` and ``abort``;
+    ``stats`` may be called by anyone.
     """
 
     def __init__(
@@ -42,47 +43,154 @@ class Engine:
         eos_ids: Sequence[int] = (),
         max_requests: int = 64,
         max_step_tokens: int = 2048,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
         backend: str = "auto",
     ) -> None:
-        """max_requests run at a time; a step's batch holds max_step_tokens rows, or a bit fewer.
+        """max_requests run at a time; a step reads max_step_tokens tokens, prompts' and new ones
+        (or a few more where that is not even one for each request).
 
-        ``eos_ids`` end a text; ``backend`` is passed on to every op of the decoder, whose weights
-        must have been loaded for it.
+        ``eos_ids`` end a text; max_model_len bounds prompt and new tokens together (None: the
+        model's context); with enable_prefix_caching a prompt that begins like an earlier one is not
+        computed anew; ``backend`` is passed on to every op of the decoder, whose weights must have
+        been loaded for it.
         """
+        context = decoder.config.max_positions
+        if max_model_len is not None and not 2 <= max_model_len <= context:
+            raise RequestError(
+                f"max_model_len must be from 2 to this model's context of {context} tokens, not "
+                f"{max_model_len}."
+            )
+        self.max_model_len = max_model_len or context
+        self.max_requests = max_requests
+        self.enable_prefix_caching = enable_prefix_caching
         self._decoder = decoder
         self._pool = pool
-        self._device = pool.layers[0].k_codes.device
-        self._allocator = PageAllocator(pool.num_pages)
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
-        self._max_requests = max_requests
-        self._max_step_tokens = max(max_step_tokens, max_requests + PREFILL_CHUNK)
         self._backend = backend
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        device = pool.layers[0].k_codes.device
+        most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
+        self._rows = Rows(max_requests, most_pages, pool.page_size, device)
+        self._scheduler = Scheduler(
+            pool.num_pages,
+            pool.page_size,
+            max_requests=max_requests,
+            max_step_tokens=max_step_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self._salts = count()
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._steps = 0
         self._step_tokens = 0
+        self._finished: Counter[str] = Counter()
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
-        return len(self._waiting) + len(self._running)
+        return self._scheduler.num_waiting + self._scheduler.num_running
 
-    def stats(self) -> EngineStats:
-        """What the engine holds now, and its counts."""
-        return EngineStats(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            kv_pages_total=self._pool.num_pages,
-            kv_pages_used=self._pool.num_pages - self._allocator.num_free,
-            step_tokens=self._step_tokens,
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Put a prompt in line. Raises RequestError where it can never be run.
+
+        Lower ``priority`` is served first. Prompts share cached prefixes only with prompts of the
+        same ``cache_salt``.
+        """
+        return self._add(
+            prompt_ids, params, priority, cache_salt if self.enable_prefix_caching else ""
         )
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """Put a prompt in line. Raises RequestError where it can never be run."""
-        length = check_length(prompt_ids, params, self._decoder.config.max_positions)
+    def add_samples(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        n: int,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[Request]:
+        """``n`` requests for one prompt: its full pages are computed once and shared by all, also
+        where prefix caching is off.
+
+        A given seed is that of the first; each of the others has the next one.
+        """
+        if n < 1:
+            raise RequestError(f"n must be 1 or more, not {n}.")
+        if not self.enable_prefix_caching:
+            cache_salt = f"{next(self._salts)}" if n > 1 else ""
+        seed = params.seed
+        each = [
+            params if seed is None else replace(params, seed=(seed + i) % _SEEDS) for i in range(n)
+        ]
+        return [self._add(prompt_ids, own, priority, cache_salt) for own in each]
+
+    def abort(self, request: Request) -> None:
+        """End a request now and free its pages; a finished one is left alone."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self._end(request, time.monotonic())
+
+    def preempt(self, request: Request) -> None:
+        """Throw out a running request, as if the cache were full: it is read again later."""
+        if request.row >= 0:
+            self._scheduler.preempt(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """One batch through the model: the next token of every request whose prompt is read."""
+        plan = self._scheduler.plan()
+        self._step_tokens = sum(chunk.stop - chunk.request.num_cached for chunk in plan.chunks)
+        if not plan.chunks:
+            return []
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            if chunk.request.admitted_at is None:
+                chunk.request.admitted_at = now
+        self._rows.follow(plan)
+        batch = self._rows.batch(plan.chunks)
+        ready = [at for at, chunk in enumerate(plan.chunks) if chunk.stop == len(chunk.request.ids)]
+        logits = self._decoder(
+            batch, self._pool.layers, batch.last_rows[ready], backend=self._backend
+        )
+        self._scheduler.advance(plan.chunks)
+        requests = [plan.chunks[at].request for at in ready]
+        tokens = sample(logits, self._rows.sampling(requests))
+        self._steps += 1
+        return self._hand_over(requests, tokens.ids.tolist(), tokens.logprobs.tolist())
+
+    def stats(self) -> EngineStats:
+        """What runs, waits and has been done until now."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_pages_used=scheduler.pages.num_used,
+            kv_pages_total=scheduler.pages.num_pages,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+            finished=dict(self._finished),
+        )
+
+    def _add(
+        self, prompt_ids: Sequence[int], params: SamplingParams, priority: int, cache_salt: str
+    ) -> Request:
+        length = check_length(prompt_ids, params, self.max_model_len)
         vocab = self._decoder.config.vocab_size
-        strange = next((i for i in prompt_ids if not 0 <= i < vocab), None)
-        if strange is not None:
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
+            strange = next(i for i in prompt_ids if not 0 <= i < vocab)
             raise RequestError(f"Token id {strange} is outside this model's vocabulary of {vocab}.")
         need = pages_needed(length, self._pool.page_size)
         if need > self._pool.num_pages:
@@ -92,106 +200,38 @@ class Engine:
                 "max_tokens or give the cache more memory."
             )
         request = Request(
-            prompt_ids, params, max_length=length, eos_ids=self._eos_ids, tokenizer=self._tokenizer
+            prompt_ids,
+            params,
+            max_length=length,
+            eos_ids=self._eos_ids,
+            tokenizer=self._tokenizer,
+            priority=priority,
+            cache_salt=cache_salt,
         )
-        self._waiting.append(request)
+        self._scheduler.add(request)
         return request
 
-    def abort(self, request: Request) -> None:
-        """End a request now and free its pages; a finished one is left alone."""
-        if request.finish_reason is None:
-            request.finish_reason = "abort"
-            self._release()
-
-    @torch.inference_mode()
-    def step(self) -> list[Update]:
-        """One batch through the model: the next token of every request whose prompt is read."""
-        self._admit()
-        chunks = self._plan()
-        self._step_tokens = sum(stop - request.num_cached for request, stop in chunks)
-        if not chunks:
-            return []
-        batch = self._batch(chunks)
-        ready = [at for at, (request, stop) in enumerate(chunks) if stop == len(request.ids)]
-        logits = self._decoder(
-            batch, self._pool.layers, batch.last_rows[ready], backend=self._backend
-        )
-        for request, stop in chunks:
-            request.num_cached = stop
-        updates = self._choose([chunks[at][0] for at in ready], logits)
-        self._release()
+    def _hand_over(
+        self, requests: Sequence[Request], ids: Sequence[int], logprobs: Sequence[float]
+    ) -> list[Update]:
+        """Give each request its new token, and let those go that end with it."""
+        now = time.monotonic()
+        updates = []
+        for request, token_id, logprob in zip(requests, ids, logprobs, strict=True):
+            updates.append(request.accept(token_id, logprob))
+            if request.first_token_time is None:
+                request.first_token_time = now
+                self._prompt_tokens += len(request.prompt_ids)
+            if request.finish_reason is not None:
+                self._end(request, now)
+        self._generation_tokens += len(updates)
         return updates
 
-    def _admit(self) -> None:
-        """Let waiting requests in, in order, while there is room for the next one."""
-        while self._waiting and len(self._running) < self._max_requests:
-            request = self._waiting[0]
-            need = pages_needed(request.max_length, self._pool.page_size)
-            if need > self._allocator.num_free:
-                return
-            request.pages = self._allocator.allocate(need)
-            request.admitted_at = time.monotonic()
-            self._running.append(self._waiting.popleft())
-
-    def _plan(self) -> list[tuple[Request, int]]:
-        """Which requests take part in this step, and up to which of its ids each is read.
-
-        Generating requests all take part; prompts do while the token budget lasts. Chunks end at
-        multiples of PREFILL_CHUNK, wherever the budget ends.
-        """
-        chunks = [(r, len(r.ids)) for r in self._running if r.num_new]
-        budget = self._max_step_tokens - len(chunks)
-        for request in self._running:
-            if request.num_new:
-                continue
-            chunk_end = (request.num_cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK
-            stop = min(chunk_end, len(request.ids))
-            budget -= stop - request.num_cached
-            if budget < 0:
-                break
-            chunks.append((request, stop))
-        return chunks
-
-    def _batch(self, chunks: Sequence[tuple[Request, int]]) -> Batch:
-        """The step's rows: each request's ids from what is cached up to its stop."""
-        return Batch.build(
-            [request.ids[request.num_cached : stop] for request, stop in chunks],
-            [request.num_cached for request, _ in chunks],
-            [request.pages for request, _ in chunks],
-            self._pool.page_size,
-            self._device,
-        )
-
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[Update]:
-        """Sample a token for each request from its row of logits [S, V], and hand it over.
-
-        The randomness hangs on (seed, new tokens so far) alone.
-        """
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
-
-        params = [request.params for request in requests]
-        wanted = SamplingBatch(
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int64),
-            top_p=column([p.top_p for p in params], torch.float32),
-            min_p=column([p.min_p for p in params], torch.float32),
-            seeds=column([r.seed for r in requests], torch.int64),
-            step=column([r.num_new for r in requests], torch.int64),
-        )
-        tokens = sample(logits, wanted)
-        chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
-        return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]
-
-    def _release(self) -> None:
-        """Free the pages of requests that have ended."""
-        for request in self._running:
-            if request.finish_reason is not None:
-                self._allocator.free(request.pages)
-                request.pages = []
-        self._running = [r for r in self._running if r.finish_reason is None]
-        self._waiting = deque(r for r in self._waiting if r.finish_reason is None)
+    def _end(self, request: Request, now: float) -> None:
+        """A request's ``finish_reason`` is set: free what it holds and count it."""
+        request.finish_time = now
+        self._finished[str(request.finish_reason)] += 1
+        self._scheduler.release(request)
 
 
 def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int) -> int:

@@ -6,6 +6,7 @@ here.
 
 import math
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,8 +112,10 @@ class Request:
     """A prompt and what has been generated so far.
 
     ``ids`` are prompt and new ids together; ``num_cached`` of them have their keys and values in
-    ``pages``. ``finish_reason`` is None until the text has ended. ``num_cached_prompt_tokens`` were
-    found in the cache when it began; ``admitted_at`` is when that was (time.monotonic()), if yet.
+    ``pages``. ``finish_reason`` is None until the text has ended. ``num_cached_prompt_tokens`` of
+    the prompt were in the prefix cache when the request was first let in. ``arrival_time``,
+    ``admitted_at`` (its first step), ``first_token_time`` and ``finish_time`` are seconds of
+    ``time.monotonic()`` (None: not yet).
     """
 
     def __init__(
@@ -123,28 +126,43 @@ class Request:
         max_length: int,
         eos_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """max_length bounds prompt and new tokens together; without a tokenizer ``text`` stays "".
 
-        Raises RequestError for stop strings without a tokenizer.
+        Lower ``priority`` is served first; only requests of the same ``cache_salt`` share cached
+        prefixes. Raises RequestError for stop strings without a tokenizer.
         """
         if params.stop_strings and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer; this model came without one.")
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.max_length = max_length
+        self.priority = priority
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.ids = list(prompt_ids)
-        self.num_cached = 0
-        self.num_cached_prompt_tokens = 0
-        self.admitted_at: float | None = None
-        self.pages: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.num_cached_prompt_tokens = 0
+        self.num_preemptions = 0
+        self.arrival_time = time.monotonic()
+        self.admitted_at: float | None = None
+        self.first_token_time: float | None = None
+        self.finish_time: float | None = None
         self._ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids)
         self._matcher = StopMatcher(params.stop_strings)
+        # The scheduler's: where it stands in line, its place among those that run (-1: none), its
+        # pages, how much of it they hold, and the names of its full pages.
+        self.cache_salt = cache_salt
+        self.order = (priority, -1)
+        self.row = -1
+        self.pages: list[int] = []
+        self.num_cached = 0
+        self.keys: list[bytes] = []
+        self.num_named = 0
 
     @property
     def token_ids(self) -> list[int]:

@@ -1,27 +1,35 @@
-"""EngineStats: what an engine holds now and what it has counted, as plain numbers."""
+"""EngineStats: an engine's gauges and counters at one moment, for benches, logs and metrics."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A picture of the engine between two steps.
-
-    running and waiting are requests; pages are KV pages, all of them and those in use.
-    step_tokens: rows of the last step's batch. Counts since the engine was made: preemptions;
-    prefix_queries and prefix_hits, in prompt tokens looked up and found.
+    """Gauges: requests that run and wait, KV pages in use and in all, step_tokens (rows of the last
+    step's batch). Counters, which only grow:
+    prefix_queries, prefix_hits (prompt tokens looked for and found in the prefix cache),
+    preemptions, prompt_tokens (of prompts that are read), generation_tokens, steps, and the
+    requests that have ended, by
+    ``finish_reason``.
     """
 
     running: int
     waiting: int
-    kv_pages_total: int
     kv_pages_used: int
-    step_tokens: int = 0
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
+    kv_pages_total: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    step_tokens: int
+    finished: dict[str, int]
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV pages in use, 0 to 1."""
-        return self.kv_pages_used / self.kv_pages_total
+        """Share of the KV pages that is in use, 0..1."""
+        return self.kv_pages_used / self.kv_pages_total if self.kv_pages_total else 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)

@@ -10,8 +10,8 @@ from torch import Tensor
 from qoq.formats.kv import KVPages, QuantizedHeads, dequantize_heads
 from qoq.kernels.dispatch import resolve
 
-# Scores alive at a time (fp32 elements, all heads) and the most query rows of a block.
-_SCORES, _ROWS = 1 << 22, 64
+# Query rows of a block and keys of a segment (see _attend); _ROWS divides SEGMENT.
+_ROWS, SEGMENT = 32, 256
 
 
 def attention(
@@ -68,13 +68,16 @@ def attention_oracle(
                 f"sequence {s}: {stop - start} queries, {kv_len} cached tokens and "
                 f"{page_table.shape[1]} pages of {pages.page_size} do not fit each other"
             )
-        # Pages wholly before the first query's window are never read.
-        first_page = 0
+        # Segments wholly before the window of the first query's block are never read.
+        first_key = 0
         if sliding_window is not None:
-            first_page = max(0, first_position - sliding_window + 1) // pages.page_size
+            first_block = _down(first_position, _ROWS)
+            first_key = _down(max(0, first_block - sliding_window + 1), SEGMENT)
+        first_page, before = divmod(first_key, pages.page_size)
         ids = page_table[s, first_page : -(-kv_len // pages.page_size)].long()
-        first_key = first_page * pages.page_size
-        keys, values = (half[:, : kv_len - first_key] for half in gather_pages(pages, ids))
+        keys, values = (
+            half[:, before : before + kv_len - first_key] for half in gather_pages(pages, ids)
+        )
         out[start:stop] = _attend(
             q[start:stop] * sm_scale, keys, values, first_position - first_key, sliding_window
         )
@@ -98,24 +101,38 @@ def gather_pages(pages: KVPages, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, first: int, window: int | None) -> Tensor:
-    """One sequence: scaled q [t, Hq, D], keys, values [Hkv, L, D]; row j is key first + j."""
+    """One sequence: scaled q [t, Hq, D] of positions first..; keys, values [Hkv, L, D] of all
+    positions from a multiple of SEGMENT on, counted from there; row j is key first + j.
+
+    A BLAS sums in an order that hangs on the sizes it is given. So queries go through it in blocks
+    that begin at multiples of _ROWS, with the keys up to the end of the block's segment: the sizes
+    and its place in them hang on a row's position alone, and so does every bit of the result,
+    wherever the prompt is cut into chunks. Places without a query or a key hold zeros.
+    """
     rows, num_heads, dim = q.shape
-    kv_heads, length = keys.shape[0], keys.shape[1]
-    # [Hkv, g, t, D]: the g query heads of a KV head become rows of one matrix product.
-    q = q.unflatten(1, (kv_heads, num_heads // kv_heads)).permute(1, 2, 0, 3)
+    kv_heads = keys.shape[0]
     out = q.new_empty(rows, num_heads, dim)
+    missing = -keys.shape[1] % SEGMENT
+    keys, values = (torch.nn.functional.pad(half, (0, 0, 0, missing)) for half in (keys, values))
     keys_t = keys.transpose(1, 2)
-    block = max(1, min(_ROWS, _SCORES // (num_heads * length)))
-    for j in range(0, rows, block):
-        part = q[:, :, j : j + block]
-        n = part.shape[2]
-        high = first + j + n  # keys this block's last row may see
-        low = 0 if window is None else max(0, first + j - window + 1)
-        scores = (part.flatten(1, 2) @ keys_t[:, :, low:high]).unflatten(1, (-1, n))
-        own = torch.arange(first + j, high, device=q.device)[:, None]
+    for block in range(first - first % _ROWS, first + rows, _ROWS):
+        begin, end = max(block, first), min(block + _ROWS, first + rows)
+        low = 0 if window is None else _down(max(0, block - window + 1), SEGMENT)
+        high = _down(block, SEGMENT) + SEGMENT
+        padded = q.new_zeros(_ROWS, num_heads, dim)
+        padded[begin - block : end - block] = q[begin - first : end - first]
+        # [Hkv, g * rows, D]: the g query heads of a KV head become rows of one matrix product.
+        part = padded.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        scores = (part @ keys_t[:, :, low:high]).unflatten(1, (-1, _ROWS))
+        own = torch.arange(block, block + _ROWS, device=q.device)[:, None]
         key = torch.arange(low, high, device=q.device)
         hidden = key > own if window is None else (key > own) | (key <= own - window)
         probs = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-        mixed = (probs.flatten(1, 2) @ values[:, low:high]).unflatten(1, (-1, n))
-        out[j : j + n] = mixed.permute(2, 0, 1, 3).flatten(1, 2)
+        mixed = (probs.flatten(1, 2) @ values[:, low:high]).unflatten(1, (-1, _ROWS))
+        mixed = mixed.permute(2, 0, 1, 3).flatten(1, 2)
+        out[begin - first : end - first] = mixed[begin - block : end - block]
     return out
+
+
+def _down(value: int, step: int) -> int:
+    return value - value % step

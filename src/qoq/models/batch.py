@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,31 +61,41 @@ class Batch:
         """
         if not len(ids) == len(starts) == len(pages):
             raise ValueError(f"{len(ids)} id lists, {len(starts)} starts, {len(pages)} page lists")
-        none = torch.zeros(0, dtype=torch.int64)
-        tokens, positions, slots = [none], [none], [none]
-        table = torch.zeros(len(ids), max(map(len, pages), default=0), dtype=torch.int32)
-        ends, cumulative = [], [0]
-        for s, (row, start, own) in enumerate(zip(ids, starts, pages, strict=True)):
-            row_ids = torch.as_tensor(row, dtype=torch.int64).reshape(-1).cpu()
-            end = start + row_ids.shape[0]
-            if end > len(own) * page_size:
-                raise ValueError(f"sequence {s}: {end} tokens in {len(own)} pages of {page_size}")
-            own_ids = torch.tensor(own, dtype=torch.int64)
-            at = torch.arange(start, end)
-            tokens.append(row_ids)
-            positions.append(at)
-            slots.append(own_ids[at // page_size] * page_size + at % page_size)
-            table[s, : len(own)] = own_ids.to(torch.int32)
-            ends.append(end)
-            cumulative.append(cumulative[-1] + row_ids.shape[0])
-        return cls(
-            torch.cat(tokens).to(device),
-            torch.cat(positions).to(device),
-            torch.cat(slots).to(device),
-            table.to(device),
-            torch.tensor(ends, dtype=torch.int32, device=device),
-            torch.tensor(cumulative, dtype=torch.int32, device=device),
-        )
+        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in ids]
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        table = np.zeros((len(pages), max(map(len, pages), default=0)), dtype=np.int32)
+        for s, (start, count, own) in enumerate(zip(starts, counts, pages, strict=True)):
+            if start + count > len(own) * page_size:
+                held = f"{len(own)} pages of {page_size}"
+                raise ValueError(f"sequence {s}: {start + count} tokens in {held}")
+            table[s, : len(own)] = own
+        flat = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
+        return cls.ragged(flat, np.array(starts, dtype=np.int64), counts, table, page_size, device)
+
+    @classmethod
+    def ragged(
+        cls,
+        ids: Ints,
+        starts: Ints,
+        counts: Ints,
+        table: NDArray[np.int32],
+        page_size: int,
+        device: torch.device | str = "cpu",
+    ) -> "Batch":
+        """Sequence s runs the next ``counts[s]`` of ``ids`` at positions ``starts[s]..``.
+
+        ids int64 [T]; starts, counts int64 [S]; table int32 [S, max_pages], whose pages must hold
+        every token (not checked). No loop in Python, whatever T and S are.
+        """
+        ends = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=ends[1:])
+        positions = np.arange(len(ids)) + np.repeat(starts - ends[:-1], counts)
+        page, offset = np.divmod(positions, page_size)
+        slots = table[np.repeat(np.arange(len(counts)), counts), page] * np.int64(page_size)
+        slots += offset
+        kv_lens = (starts + counts).astype(np.int32)
+        arrays = (ids, positions, slots, table, kv_lens, ends)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     @classmethod
     def prefill(

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from qoq.checkpoint.partial import SUFFIX
 from qoq.errors import ResourceError
 from qoq.formats.scheme import QuantScheme
+from qoq.kvcache.budget import memory_at_hand
 from qoq.models.anatomy import EMBED, LM_HEAD, layer_linears, packed_tensors
 from qoq.models.config import ModelConfig
 from qoq.quantize.recipe import Recipe
@@ -96,18 +96,8 @@ def check_plan(plan: Plan, out: Path, device: torch.device) -> None:
 
 
 def _memory_at_hand() -> float:
-    """Bytes this process may still take: free memory, or what its cgroup leaves of its limit."""
-    available = float(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = float((_CGROUP / "memory.current").read_text())
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return available
-    # The page cache counts as used, but gives way: a model just downloaded is no obstacle.
-    cache = {name: float(size) for name, size in (line.split() for line in lines)}
-    used -= cache.get("inactive_file", 0.0) + cache.get("active_file", 0.0)
-    return available if limit == "max" else min(available, float(limit) - used)
+    """Bytes this process may still take."""
+    return float(memory_at_hand(cgroup=_CGROUP))
 
 
 def _written(out: Path) -> int:

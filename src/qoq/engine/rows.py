@@ -1,0 +1,95 @@
+"""Rows: what a step's tensors need of the requests that run, kept in arrays as they change.
+
+A request's pages and sampling parameters are written once, when it is let in, and a page more when
+it grows; a step gathers its rows from them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qoq.engine.request import Request
+from qoq.engine.scheduler import Chunk, Plan
+from qoq.kernels.sample import SamplingBatch
+from qoq.models.batch import Batch
+
+_SAMPLING = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed", np.int64),
+    ]
+)
+
+
+class Rows:
+    """Arrays with a row per running request; ``Request.row`` says which."""
+
+    def __init__(
+        self, max_requests: int, max_pages: int, page_size: int, device: torch.device | str
+    ) -> None:
+        """max_pages: the most that one request can have."""
+        self._page_size = page_size
+        self._device = device
+        self._table = np.zeros((max_requests, max_pages), dtype=np.int32)
+        self._sampling = np.zeros(max_requests, dtype=_SAMPLING)
+
+    def follow(self, plan: Plan) -> None:
+        """Take over what a plan has changed."""
+        for request in plan.admitted:
+            params = request.params
+            self._sampling[request.row] = (
+                params.temperature,
+                params.top_k,
+                params.top_p,
+                params.min_p,
+                request.seed,
+            )
+            self._table[request.row, : len(request.pages)] = request.pages
+        for request in plan.grown:
+            self._table[request.row, : len(request.pages)] = request.pages
+
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """The tensors that read these chunks."""
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        stops = np.array([chunk.stop for chunk in chunks], dtype=np.int64)
+        ids: list[int] = []
+        for request, start, stop in chunks:
+            if stop - start == 1:
+                ids.append(request.ids[start])
+            else:
+                ids += request.ids[start:stop]
+        width = -(-int(stops.max()) // self._page_size)
+        table = self._table[self._of([chunk.request for chunk in chunks]), :width]
+        return Batch.ragged(
+            np.array(ids, dtype=np.int64),
+            starts,
+            stops - starts,
+            table,
+            self._page_size,
+            self._device,
+        )
+
+    def sampling(self, requests: Sequence[Request]) -> SamplingBatch:
+        """How the next token of each is chosen; randomness hangs on seed and ``num_new`` alone."""
+        rows = self._of(requests)
+        steps = np.array([request.num_new for request in requests], dtype=np.int64)
+
+        def column(name: str) -> torch.Tensor:
+            return torch.from_numpy(self._sampling[name][rows]).to(self._device)
+
+        return SamplingBatch(
+            temperature=column("temperature"),
+            top_k=column("top_k"),
+            top_p=column("top_p"),
+            min_p=column("min_p"),
+            seeds=column("seed"),
+            step=torch.from_numpy(steps).to(self._device),
+        )
+
+    def _of(self, requests: Sequence[Request]) -> NDArray[np.int64]:
+        return np.array([request.row for request in requests], dtype=np.int64)
