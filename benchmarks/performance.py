@@ -3,6 +3,7 @@
 qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
 qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
 qoq bench throughput ... --ablate linear --json > benchmarks/results/throughput-NAME-ablate.json
+python benchmarks/peers/compare.py --home PEERS    (benchmarks/peers/README.md)
 python benchmarks/performance.py
 """
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "kv-decode.svg"
+SPEEDS = {"prefill": "prefill_tok_s", "decode": "decode_tok_s", "total": "total_tok_s"}
 
 
 def read(kind: str) -> list[dict[str, Any]]:
@@ -71,16 +73,55 @@ def throughput() -> str:
     return grid(heads, lines)
 
 
+def peers() -> str:
+    """A table per comparison: every system at every batch, and how many times its speed ours is."""
+    parts = []
+    for run in read("peers"):
+        own = {row["batch"]: row for row in run["medians"] if row["name"] == "qoq"}
+        lines, behind = [], []
+        for row in run["medians"]:
+            ours = own[row["batch"]]
+            ratios = {name: ours[key] / row[key] for name, key in SPEEDS.items()}
+            is_own = row is ours
+            behind += [
+                f"{name} at batch {row['batch']} against {row['title']} ({ratio:.2f}x)"
+                for name, ratio in ratios.items()
+                if ratio < 1
+            ]
+            lines.append(
+                [
+                    f"**{run['scheme']}, ours**" if is_own else row["title"],
+                    str(row["batch"]),
+                    *(f"{row[key]:.1f}" for key in SPEEDS.values()),
+                    *("" if is_own else f"{ratio:.2f}x" for ratio in ratios.values()),
+                ]
+            )
+        rounds = min(row["rounds"] for row in run["medians"])
+        title = (
+            f"{run['shape']}, {run['prompt_len']} in / {run['output_len']} out, {run['isa']}, "
+            f"{run['threads']} threads; medians of {rounds} round(s) or more"
+        )
+        heads = ["", "batch", *SPEEDS, *(f"ours / theirs: {name}" for name in SPEEDS)]
+        end = f"Where we lose: {'; '.join(behind)}." if behind else "We lose nowhere here."
+        parts.append(f"{title}\n\n{grid(heads, lines)}\n\n{end}")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def origins() -> str:
     """The commands, commits and machines of all runs."""
     lines = []
-    for run in read("kernels") + read("throughput"):
+    for run in read("kernels") + read("peers") + read("throughput"):
         machine = run["hardware"]
         lines.append(
             f"- `{run['command']}`: commit {run['commit']}, {run['date']}, {machine['cores']} "
-            f"cores of {machine['cpu']}, {run['isa']}, {run['threads']} threads"
+            f"cores of {machine['cpu']}, {run['isa']}, {run['threads']} threads{_versions(run)}"
         )
     return "\n".join(lines)
+
+
+def _versions(run: dict[str, Any]) -> str:
+    named = [f"{name} {version}" for name, version in run.get("versions", {}).items()]
+    return f"; {', '.join(named)}" if named else ""
 
 
 def main() -> None:
@@ -93,6 +134,7 @@ def main() -> None:
         "rms_norm_quant": kernels("rms_norm_quant"),
         "silu_mul_quant": kernels("silu_mul_quant"),
         "throughput": throughput(),
+        "peers": peers(),
         "origins": origins(),
     }
     performance_attention.picture(read("kernels"), PICTURE)

@@ -6,6 +6,7 @@ import typer
 
 from qoq import __version__
 from qoq.cli.bench import kernels, throughput
+from qoq.cli.bench_crossover import crossover
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
 from qoq.cli.eval_ppl import ppl
@@ -62,6 +63,7 @@ evaluation.command()(render)
 app.add_typer(benches, name="bench", help="Measure speed: kernels and whole models.")
 benches.command()(kernels)
 benches.command()(throughput)
+benches.command()(crossover)
 app.command()(inspect)
 app.command()(generate)
 app.command()(chat)

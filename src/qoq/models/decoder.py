@@ -6,6 +6,7 @@ pages say how keys and values are stored, the ops choose their own implementatio
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from qoq.formats.scheme import QuantScheme
 from qoq.kernels.act_quant import Activation, act_quant, rms_norm, rms_norm_quant, silu_mul_quant
 from qoq.kernels.attention import attention
 from qoq.kernels.kv_append import kv_append
+from qoq.kernels.prepared import PreparedWeight
+from qoq.kernels.threads import torch_stands_aside
 from qoq.models.anatomy import EMBED, FINAL_NORM, INPUTS, LM_HEAD, layer_prefix
 from qoq.models.batch import Batch
 from qoq.models.config import ModelConfig
@@ -130,10 +133,9 @@ class DecoderLayer:
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (Hq + 2 Hkv) D] -> q [T, Hq, D] and k, v [T, Hkv, D], with q/k norms applied."""
         config = self.config
-        q, k, v = (
-            part.unflatten(1, (-1, config.head_dim))
-            for part in qkv.split([config.q_size, config.kv_size, config.kv_size], dim=1)
-        )
+        heads = qkv.unflatten(1, (-1, config.head_dim))
+        first, last = config.num_heads, config.num_heads + config.num_kv_heads
+        q, k, v = heads[:, :first], heads[:, first:last], heads[:, last:]
         if self.q_norm is not None:
             q = rms_norm(q, self.q_norm, config.rms_norm_eps)
         if self.k_norm is not None:
@@ -186,8 +188,15 @@ class Decoder:
         backend: str = "auto",
     ) -> Tensor:
         """Logits fp32 [M, V] of the given rows (int64 [M]; None: all T); writes the cache."""
-        hidden = self.hidden(batch, kv, backend=backend)
-        return self.logits(hidden if rows is None else hidden[rows], backend=backend)
+        with torch_stands_aside(self._is_prepared):
+            hidden = self.hidden(batch, kv, backend=backend)
+            return self.logits(hidden if rows is None else hidden[rows], backend=backend)
+
+    @cached_property
+    def _is_prepared(self) -> bool:
+        """Whether every linear runs on kernels of our own: nothing heavy is left to torch."""
+        linears = [each for at in self.layers for each in (at.qkv, at.o, at.gate_up, at.down)]
+        return all(isinstance(each.weight, PreparedWeight) for each in (*linears, self.lm_head))
 
 
 def build_layer(

@@ -11,11 +11,7 @@ from qoq.kernels.cpu import backend
 
 MISSING = backend.missing()
 ISAS = [] if MISSING else [*backend.extension().usable_isas(), "tiles"]
-# amx is tested where it is asked for, until a machine that has it has seen it pass.
-TEST_AMX = os.environ.get("QOQ_TEST_AMX")
-if not TEST_AMX:
-    ISAS = [isa for isa in ISAS if isa != "amx"]
-elif TEST_AMX == "only":  # make emulate-amx
+if os.environ.get("QOQ_TEST_AMX") == "only":  # make emulate-amx
     ISAS = ["amx"]
 
 

@@ -177,12 +177,12 @@ template <int R, int P, bool kHalf>
 inline void mix_floats(const Shape& s, const FloatWork& w, int64_t row, int64_t word, int64_t lanes,
                        const Places& places, Ahead& ahead, int64_t fetch) {
   constexpr int kEach = kHalf ? 2 : 1, V = P * kEach;
-  constexpr int64_t kStep = 16;  // keys between two requests for memory
+  constexpr int64_t kTurn = 16;  // keys between two requests for memory
   F32 sums[R][V] = {};
   const float* p = w.scores + row * kSegment;
   for (int64_t t = places.first; t < places.end;) {
     ahead.lines(fetch);
-    for (const int64_t stop = least(t + kStep, places.end); t < stop; ++t) {
+    for (const int64_t stop = least(t + kTurn, places.end); t < stop; ++t) {
       F32 values[V];
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) {
@@ -224,7 +224,7 @@ inline void mix_rows_of(const Shape& s, const FloatWork& w, int64_t row, const P
 struct FloatWay {
   using Memory = FloatWork;
 
-  static void load(const AttentionArgs& a, const Shape& s, const Block& b, FloatWork& w) {
+  void load(const AttentionArgs& a, const Shape& s, const Block& b, FloatWork& w) {
     const float factor = a.sm_scale * kLog2E;
     for (int64_t r = 0; r < b.tokens * s.group; ++r) {
       const int64_t token = b.row + r / s.group, head = b.head * s.group + r % s.group;
@@ -233,8 +233,8 @@ struct FloatWay {
     }
   }
 
-  static void segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
-                      const Places& places, Ahead& ahead, FloatWork& w) {
+  void segment(const AttentionArgs& a, const Shape& s, const Block& b, int64_t start,
+               const Places& places, Ahead& ahead, FloatWork& w) {
     const int64_t rows = b.tokens * s.group, count = places.end;
     find_rows(a, s, places, w);
     for (int64_t t = places.first / kColumn * kColumn; t < count; t += kColumn) {

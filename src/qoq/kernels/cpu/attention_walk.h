@@ -1,9 +1,10 @@
 // The way through a call of attention: blocks of query rows, spans of keys, segments within a span.
 //
 // What is done to a segment is a Way's (attention.h, attention_float.h):
-//     Way::Memory            a thread's memory: places, span, total, bytes(), make()
-//     Way::load(...)         takes a block's queries into it
-//     Way::segment(...)      folds a segment into span
+//     Memory        a thread's memory: places, span, total, bytes(), make()
+//     load(...)     takes a block's queries into it
+//     segment(...)  folds a segment into span
+// It lives as long as a task: what it holds (tile registers) is given back before the thread waits.
 // Segments begin at multiples of kSegment keys, are folded in order within spans that begin at
 // multiples of kSpanKeys, and spans in order after that, whichever thread computed them.
 #pragma once
@@ -16,16 +17,10 @@ namespace {
 constexpr int64_t kSpanKeys = 2048;  // keys; work can be split between spans
 constexpr int64_t kQueryRows = 32;   // rows (tokens x heads of a group) that share an unpacking
 
-// A number as a type: bodies are compiled for it.
-template <int N>
-struct Fixed {
-  static constexpr int value = N;
-};
-
 // A block's rows over one span of keys, into w.span.
 template <class Way>
 inline void attend_span(const AttentionArgs& a, const Shape& s, const Block& b, int64_t span,
-                        typename Way::Memory& w) {
+                        Way& way, typename Way::Memory& w) {
   clear(w.span, b.tokens * s.group, s.lanes);
   const int64_t end = least(b.position + b.tokens, (span + 1) * kSpanKeys);
   int64_t start = first_key(a, b) / kSegment * kSegment;
@@ -38,7 +33,7 @@ inline void attend_span(const AttentionArgs& a, const Shape& s, const Block& b, 
   for (const Places *here = find(start), *next; start < end; start += kSegment, here = next) {
     next = find(start + kSegment);
     Ahead ahead(a, s, *next);
-    Way::segment(a, s, b, start, *here, ahead, w);
+    way.segment(a, s, b, start, *here, ahead, w);
   }
 }
 
@@ -104,11 +99,12 @@ void walk(const AttentionArgs& a, Pool& pool) {
     pool.each(count, [&](int64_t i, int thread) {
       const Block b = blocks.at(i);
       Memory& w = *Memory::make(pool.scratch(thread, bytes), s, rows);
-      Way::load(a, s, b, w);
+      Way way;
+      way.load(a, s, b, w);
       clear(w.total, rows, s.lanes);
       const int64_t first = first_key(a, b) / kSpanKeys;
       for (int64_t span = first; span < first + spans_of(b); ++span) {
-        attend_span<Way>(a, s, b, span, w);
+        attend_span(a, s, b, span, way, w);
         fold_all(w.total, w.span, b.tokens * s.group, s.lanes);
       }
       write_rows(a, s, b, w.total);
@@ -125,9 +121,10 @@ void walk(const AttentionArgs& a, Pool& pool) {
     const Block b = blocks.at(i / spans);
     if (i % spans >= spans_of(b)) return;
     Memory& w = *Memory::make(pool.scratch(thread, bytes), s, rows);
-    Way::load(a, s, b, w);
+    Way way;
+    way.load(a, s, b, w);
     w.span = partial_of(i / spans, i % spans);
-    attend_span<Way>(a, s, b, first_key(a, b) / kSpanKeys + i % spans, w);
+    attend_span(a, s, b, first_key(a, b) / kSpanKeys + i % spans, way, w);
   });
   pool.each(count, [&](int64_t i, int) {
     const Block b = blocks.at(i);

@@ -3,14 +3,23 @@
 
 #include "attention_fold.h"
 #include "kernels.h"
-#include "tiles.h"
+#include "tile_products.h"
 #include "transpose.h"
 
 namespace qoq {
 namespace {
 
-constexpr int64_t kSegment = 256;           // keys
+constexpr int64_t kSegment = 256;  // keys
+#ifdef QOQ_TILES
+constexpr int64_t kColumnUnit = kTileColumns, kDigitUnit = kTileRows;
+constexpr int64_t kTileSums = kBlockOfRows * kTileColumns;
+#else
+constexpr int64_t kColumnUnit = 1, kDigitUnit = 1, kTileSums = 0;
+#endif
 constexpr int32_t kMost = 127 * 256 + 127;  // largest integer of two signed bytes
+
+// Rows of digits of `rows` query rows, padded to whole registers.
+inline int64_t rows_of_digits(int64_t rows) { return round_up(2 * rows, kDigitUnit); }
 
 // The rows of one sequence and KV head that are worked on together.
 struct Block {
@@ -21,8 +30,9 @@ struct Block {
 
 struct Shape {
   int64_t group, dim, k_quads, k_bytes, v_bytes;
-  bool pairs;     // sums hold a vector of even dims, then one of the odd ones beside them
-  int64_t lanes;  // dims in that order, padded to whole vectors
+  bool pairs;        // sums hold a vector of even dims, then one of the odd ones beside them
+  int64_t lanes;     // dims in that order, padded to whole registers
+  int64_t q_stride;  // bytes of a query row's digit, padded to whole steps
   explicit Shape(const AttentionArgs& a)
       : group(a.heads / a.kv_heads),
         dim(a.dim),
@@ -30,8 +40,9 @@ struct Shape {
         k_bytes(a.dim * a.k.bits / 8),
         v_bytes(a.dim * a.v.bits / 8),
         pairs(a.v.bits == 4 || a.v.bits == 16),
-        lanes(pairs ? (dim / 2 + kLanes - 1) / kLanes * kLanes * 2
-                    : (dim + kLanes - 1) / kLanes * kLanes) {}
+        lanes(round_up(pairs ? round_up(dim / 2, kLanes) * 2 : round_up(dim, kLanes),
+                       a.v.bits < 16 ? kColumnUnit : 1)),
+        q_stride(round_up(a.dim, kStep)) {}
   int64_t partial_floats(int64_t rows) const { return rows * (lanes + 2); }
 };
 
@@ -53,7 +64,7 @@ struct Work {
   const uint8_t *k_rows[kSegment], *v_rows[kSegment];  // codes of each token of the segment
   float k_scale[kSegment], k_offset[kSegment], v_scale[kSegment], v_offset[kSegment];
   float *q_scale, *q_sum;   // [rows]
-  int8_t* q_bytes;          // [rows][2][dim], high bytes then low, in the order of the codes' quads
+  int8_t* q_bytes;          // [rows][2][q_stride], high bytes then low, ordered as the codes' quads
   uint8_t* k_quads;         // [dim/4][256][4]
   float* scores;            // [rows][256]
   int8_t* p_bytes;          // [rows][2][256]
@@ -62,6 +73,7 @@ struct Work {
   float* segment_weight;    // [rows]
   uint8_t* v_quads;         // [256/4][lanes][4]
   float* sums;              // [rows][lanes]
+  int32_t* tile_sums;       // what tile registers are stored to (attention_products.h)
   Partial span, total;
 
   static int64_t bytes(const Shape& s, int64_t rows) { return cut(nullptr, s, rows, nullptr); }
@@ -80,11 +92,14 @@ struct Work {
       pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
       used += (count * (int64_t)sizeof(*pointer) + 63) / 64 * 64;
     };
-    take(to.q_scale, rows), take(to.q_sum, rows), take(to.q_bytes, rows * 2 * s.dim);
-    take(to.k_quads, s.dim * kSegment), take(to.scores, rows * kSegment);
-    take(to.p_bytes, rows * 2 * kSegment), take(to.p_scale, rows), take(to.p_base, rows);
+    take(to.q_scale, rows), take(to.q_sum, rows),
+        take(to.q_bytes, rows_of_digits(rows) * s.q_stride);
+    take(to.k_quads, s.q_stride * kSegment), take(to.scores, rows * kSegment);
+    take(to.p_bytes, rows_of_digits(rows) * kSegment), take(to.p_scale, rows),
+        take(to.p_base, rows);
     take(to.segment_top, rows), take(to.segment_weight, rows);
     take(to.v_quads, s.lanes * kSegment), take(to.sums, rows * s.lanes);
+    take(to.tile_sums, kTileSums);
     float *span, *total;
     take(span, s.partial_floats(rows)), take(total, s.partial_floats(rows));
     to.span = partial_at(span, rows), to.total = partial_at(total, rows);
@@ -109,7 +124,8 @@ inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b,
     const float top = largest_of(most), scale = top > 1e-30f ? top / kMost : 1.0f;
     const float times = factor / scale;
     uint8_t bytes[2][kLanes];
-    int8_t* codes = w.q_bytes + r * 2 * s.dim;
+    int8_t* codes = w.q_bytes + r * 2 * s.q_stride;
+    std::memset(codes, 0, 2 * s.q_stride);
     S32 sums{};
     each_vector(s.dim, [&](int64_t i, int64_t n) {
       const S32 code = round_to_int(load_first<F32>(q + i, n) * times);
@@ -121,7 +137,7 @@ inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b,
           // In 4-bit codes a quad holds dims 8j, 8j+2, 8j+4, 8j+6, the next one the odd ones.
           const int64_t d = i + j;
           const int64_t at = a.k.bits == 4 ? d / 8 * 8 + d % 2 * 4 + d % 8 / 2 : d;
-          codes[digit * s.dim + at] = (int8_t)bytes[digit][j];
+          codes[digit * s.q_stride + at] = (int8_t)bytes[digit][j];
         }
     });
     w.q_scale[r] = scale + sum_of(none);
@@ -255,8 +271,7 @@ inline void unpack_keys(const AttentionArgs& a, const Shape& s, int64_t count, W
   }
 }
 
-inline void unpack_values(const AttentionArgs& a, const Shape& s, int64_t count, Work& w,
-                          Ahead& ahead) {
+inline void unpack_values(const AttentionArgs& a, const Shape& s, int64_t count, Work& w) {
   const bool nibbles = a.v.bits == 4;
   const int64_t per_piece = nibbles ? 2 : 1;
   uint8_t tail[4][kLanes] = {};

@@ -64,7 +64,7 @@ bool has_tiles(unsigned long long saved, const Registers& seven) {
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-std::vector<Isa> usable_isas([[maybe_unused]] bool with_amx) {
+std::vector<Isa> usable_isas() {
   std::vector<Isa> found{Isa::portable};
 #if defined(__x86_64__)
   const Registers one = cpuid(1, 0);
@@ -91,17 +91,18 @@ std::vector<Isa> usable_isas([[maybe_unused]] bool with_amx) {
   found.push_back(Isa::avx512vnni);
 #endif
 #ifdef QOQ_HAS_amx
-  if (with_amx && has_tiles(saved, seven)) found.push_back(Isa::amx);
+  if (has_tiles(saved, seven)) found.push_back(Isa::amx);
 #endif
 #endif
   return found;
 }
 
 Isa choose_isa(const std::string& name) {
-  if (name.empty()) return usable_isas(false).back();
+  const std::vector<Isa> usable = usable_isas();
+  if (name.empty()) return usable.back();
   if (name == isa_name(Isa::tiles)) return Isa::tiles;
   std::string names;
-  for (Isa isa : usable_isas()) {
+  for (Isa isa : usable) {
     if (name == isa_name(isa)) return isa;
     names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
   }

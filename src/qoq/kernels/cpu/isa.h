@@ -13,12 +13,11 @@ enum class Isa { portable, avx2, avxvnni, avx512vnni, amx, tiles };
 const char* isa_name(Isa isa);
 
 // Levels that this build has and this processor *and* operating system let us run, slowest first.
-// Tile registers have to be asked for, and the process then keeps them (its signals need larger
-// stacks from there on): without `with_amx` nobody asks, and amx is not among the levels.
-std::vector<Isa> usable_isas(bool with_amx = true);
+// Asks for tile registers where there are some; the process then keeps them.
+std::vector<Isa> usable_isas();
 
-// The level named by `name` ("" = the fastest usable but amx, which no machine has measured yet).
-// Throws std::invalid_argument with the usable names if it is unknown or cannot run here.
+// The level named by `name` ("" = the fastest usable). Throws std::invalid_argument with the usable
+// names if it is unknown or cannot run here.
 Isa choose_isa(const std::string& name);
 
 }  // namespace qoq

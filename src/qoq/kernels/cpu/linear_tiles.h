@@ -38,11 +38,12 @@ void tiled(const LinearArgs& a, int64_t tile, int64_t first, int64_t last, const
     for (int64_t block = first; block < last; ++block) {
       const int8_t* rows = packed + (block * steps + step) * kPackedStep;
       for (int half = 0; half < 2; ++half) {
-        int32_t* kept = sums + (block - first) * kSums + half * 32;
-        step ? tiles.load(kept) : tiles.zero();
+        int32_t* kept = sums + (block - first) * kSums + half * kTileColumns;
+        step ? tiles.load<2>(kept, kTile) : tiles.zero<2>();
         for (int64_t s = 0; s < count; ++s)
-          tiles.step(rows + s * kPackedStep, bytes + s * kStepBytes + half * 128);
-        tiles.store(kept);
+          tiles.step<2>(rows + s * kPackedStep, kTileBytes,
+                        bytes + s * kStepBytes + half * kTileColumns * 4, kQuad);
+        tiles.store<2>(kept, kTile);
       }
       if (step + count == steps)
         finish_rows(sums + (block - first) * kSums, a, block * kBlockOfRows,

@@ -19,12 +19,12 @@ int64_t spin_products(int64_t rounds, Pool& pool) {
     char* memory = static_cast<char*>(pool.scratch(thread, kPackedStep + kStepQuads * kQuad));
     std::memset(memory, 1, kPackedStep + kStepQuads * kQuad);
     TileSums tiles;
-    tiles.zero();
+    tiles.zero<2>();
     for (int64_t i = 0; i < rounds / 64; ++i)
-      tiles.step(reinterpret_cast<int8_t*>(memory),
-                 reinterpret_cast<uint8_t*>(memory + kPackedStep));
+      tiles.step<2>(reinterpret_cast<int8_t*>(memory), kTileBytes,
+                    reinterpret_cast<uint8_t*>(memory + kPackedStep), kQuad);
     alignas(64) int32_t out[kBlockOfRows * kTile];
-    tiles.store(out);
+    tiles.store<2>(out, kTile);
   });
   return threads * (rounds / 64) * kBlockOfRows * 32 * kStep;
 #else

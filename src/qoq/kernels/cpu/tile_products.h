@@ -1,9 +1,9 @@
-// Integer products in AMX tile registers: 32 rows x 32 channels at a time, 64 input channels a step.
+// Integer products in AMX tile registers: 16 or 32 rows x 32 columns at a time, 64 bytes of a row a step.
 //
-// A tile register holds 16 rows of 64 bytes. Activations are laid out for it beforehand (pack_rows);
-// weights already are: 16 quads of 16 channels are 16 rows of 64 bytes, kQuad bytes apart. Where the
-// compiler has no tiles the same steps are done in plain code, so that layouts, tails and loops can
-// be tested on any machine.
+// A tile register holds 16 rows of 64 bytes. linear's activations are laid out for it beforehand
+// (pack_rows); weights already are: 16 quads of 16 channels are 16 rows of 64 bytes, kQuad bytes apart.
+// So are attention's quads. Where the compiler has no tiles the same steps are done in plain code, so
+// that layouts, tails and loops can be tested on any machine.
 #pragma once
 
 #include "tiles.h"
@@ -13,11 +13,10 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 64;  // of a register
 constexpr int kBlockOfRows = 2 * kTileRows;     // rows multiplied together
-constexpr int kStep = 64;                       // input channels
+constexpr int kTileColumns = 2 * kTileRows;     // columns multiplied together
+constexpr int kStep = 64;                       // input channels (or dims, or keys)
 constexpr int kStepQuads = kStep / 4;
 constexpr int64_t kPackedStep = kBlockOfRows * kTileBytes;  // bytes of a block's step
-
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Bytes of activations [m, k] laid out for tiles, padded with zeros to whole blocks and steps.
 inline int64_t packed_bytes(int64_t m, int64_t k) {
@@ -57,59 +56,80 @@ struct TileSums {
   // The compiler does not know that tile loads read memory: everything must be there before them.
   static void settle() { __asm__ volatile("" : : : "memory"); }
 
-  // sums: the block's rows of a tile's 64 channels, [32][64], from the first of 32 channels on.
-  void load(const int32_t* sums) {
-    constexpr int64_t kRow = kTile * sizeof(int32_t);
+  // kTall * 16 rows of 32 sums each, `stride` numbers apart in memory.
+  template <int kTall>
+  void load(const int32_t* sums, int64_t stride) {
     settle();
-    _tile_loadd(0, sums, kRow);
-    _tile_loadd(1, sums + 16, kRow);
-    _tile_loadd(2, sums + kTileRows * kTile, kRow);
-    _tile_loadd(3, sums + kTileRows * kTile + 16, kRow);
+    _tile_loadd(0, sums, stride * 4);
+    _tile_loadd(1, sums + 16, stride * 4);
+    if constexpr (kTall == 2) {
+      _tile_loadd(2, sums + kTileRows * stride, stride * 4);
+      _tile_loadd(3, sums + kTileRows * stride + 16, stride * 4);
+    }
   }
+  template <int kTall>
   void zero() {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kTall == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
-  void store(int32_t* sums) {
-    constexpr int64_t kRow = kTile * sizeof(int32_t);
-    _tile_stored(0, sums, kRow);
-    _tile_stored(1, sums + 16, kRow);
-    _tile_stored(2, sums + kTileRows * kTile, kRow);
-    _tile_stored(3, sums + kTileRows * kTile + 16, kRow);
-  }
-  void step(const int8_t* rows, const uint8_t* bytes) {
+  template <int kTall>
+  void store(int32_t* sums, int64_t stride) {
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + 16, stride * 4);
+    if constexpr (kTall == 2) {
+      _tile_stored(2, sums + kTileRows * stride, stride * 4);
+      _tile_stored(3, sums + kTileRows * stride + 16, stride * 4);
+    }
     settle();
-    _tile_loadd(4, rows, kTileBytes);
-    _tile_loadd(6, bytes, kQuad);
+  }
+  // sums += 64 bytes of each row times 16 quads of 32 columns.
+  template <int kTall>
+  void step(const int8_t* rows, int64_t row_stride, const uint8_t* quads, int64_t quad_stride) {
+    settle();
+    _tile_loadd(4, rows, row_stride);
+    _tile_loadd(6, quads, quad_stride);
     _tile_dpbsud(0, 4, 6);
-    _tile_loadd(5, rows + kTileRows * kTileBytes, kTileBytes);
-    _tile_dpbsud(2, 5, 6);
-    _tile_loadd(7, bytes + kTileBytes, kQuad);
+    if constexpr (kTall == 2) {
+      _tile_loadd(5, rows + kTileRows * row_stride, row_stride);
+      _tile_dpbsud(2, 5, 6);
+    }
+    _tile_loadd(7, quads + kTileBytes, quad_stride);
     _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(3, 5, 7);
+    if constexpr (kTall == 2) _tile_dpbsud(3, 5, 7);
   }
 };
 
 #else
 
 struct TileSums {
-  int32_t sums[kBlockOfRows][32];
+  int32_t sums[kBlockOfRows][kTileColumns];
 
-  void load(const int32_t* from) {
-    for (int r = 0; r < kBlockOfRows; ++r) std::memcpy(sums[r], from + r * kTile, sizeof sums[r]);
+  template <int kTall>
+  void load(const int32_t* from, int64_t stride) {
+    for (int r = 0; r < kTall * kTileRows; ++r)
+      std::memcpy(sums[r], from + r * stride, sizeof sums[r]);
   }
-  void zero() { std::memset(sums, 0, sizeof sums); }
-  void store(int32_t* to) {
-    for (int r = 0; r < kBlockOfRows; ++r) std::memcpy(to + r * kTile, sums[r], sizeof sums[r]);
+  template <int kTall>
+  void zero() {
+    std::memset(sums, 0, sizeof sums);
   }
-  void step(const int8_t* rows, const uint8_t* bytes) {
-    for (int r = 0; r < kBlockOfRows; ++r)
+  template <int kTall>
+  void store(int32_t* to, int64_t stride) {
+    for (int r = 0; r < kTall * kTileRows; ++r)
+      std::memcpy(to + r * stride, sums[r], sizeof sums[r]);
+  }
+  template <int kTall>
+  void step(const int8_t* rows, int64_t row_stride, const uint8_t* quads, int64_t quad_stride) {
+    for (int r = 0; r < kTall * kTileRows; ++r)
       for (int q = 0; q < kStepQuads; ++q)
-        for (int n = 0; n < 32; ++n)
+        for (int n = 0; n < kTileColumns; ++n)
           for (int i = 0; i < 4; ++i)
-            sums[r][n] += (int32_t)rows[r * kTileBytes + q * 4 + i] * bytes[q * kQuad + n * 4 + i];
+            sums[r][n] +=
+                (int32_t)rows[r * row_stride + q * 4 + i] * quads[q * quad_stride + n * 4 + i];
   }
 };
 
