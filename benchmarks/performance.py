@@ -2,8 +2,8 @@
 
 qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.json
 qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
-python benchmarks/peers/compare.py --home PEERS    (benchmarks/peers/README.md)
 qoq bench throughput ... --ablate linear --json > benchmarks/results/throughput-NAME-ablate.json
+python benchmarks/peers/compare.py --home PEERS    (benchmarks/peers/README.md)
 python benchmarks/performance.py
 """
 
@@ -18,8 +18,8 @@ from qoq.evaluate.render import fill, grid
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-SPEEDS = {"prefill": "prefill_tok_s", "decode": "decode_tok_s", "total": "total_tok_s"}
 PICTURE = ROOT / "docs" / "images" / "kv-decode.svg"
+SPEEDS = {"prefill": "prefill_tok_s", "decode": "decode_tok_s", "total": "total_tok_s"}
 
 
 def read(kind: str) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.bench import SHAPE, THREADS, numbers, origin, use_threads, what_runs
-from qoq.cli.options import JSON
+from qoq.cli.bench import SHAPE, need_kernels, numbers, origin, what_runs
+from qoq.cli.options import JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, verb
 
 
@@ -42,6 +42,7 @@ def crossover(
     from qoq.bench.crossover import picture as draw
     from qoq.bench.shapes import config_of
 
+    need_kernels()
     use_threads(threads)
     config, sizes, runs = config_of(shape, 1), numbers(rows, "--rows"), what_runs()
     torch.set_num_threads(runs["threads"])

@@ -177,12 +177,12 @@ template <int R, int P, bool kHalf>
 inline void mix_floats(const Shape& s, const FloatWork& w, int64_t row, int64_t word, int64_t lanes,
                        const Places& places, Ahead& ahead, int64_t fetch) {
   constexpr int kEach = kHalf ? 2 : 1, V = P * kEach;
-  constexpr int64_t kStep = 16;  // keys between two requests for memory
+  constexpr int64_t kTurn = 16;  // keys between two requests for memory
   F32 sums[R][V] = {};
   const float* p = w.scores + row * kSegment;
   for (int64_t t = places.first; t < places.end;) {
     ahead.lines(fetch);
-    for (const int64_t stop = least(t + kStep, places.end); t < stop; ++t) {
+    for (const int64_t stop = least(t + kTurn, places.end); t < stop; ++t) {
       F32 values[V];
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) {

@@ -1,9 +1,10 @@
 // The way through a call of attention: blocks of query rows, spans of keys, segments within a span.
 //
 // What is done to a segment is a Way's (attention.h, attention_float.h):
-//     Way::Memory        a thread's memory: places, span, total, bytes(), make()
-//     way.load(...)      takes a block's queries into it
-//     way.segment(...)   folds a segment into span
+//     Memory        a thread's memory: places, span, total, bytes(), make()
+//     load(...)     takes a block's queries into it
+//     segment(...)  folds a segment into span
+// It lives as long as a task: what it holds (tile registers) is given back before the thread waits.
 // Segments begin at multiples of kSegment keys, are folded in order within spans that begin at
 // multiples of kSpanKeys, and spans in order after that, whichever thread computed them.
 #pragma once

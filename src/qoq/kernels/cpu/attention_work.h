@@ -46,7 +46,8 @@ struct Shape {
         k_bytes(a.dim * a.k.bits / 8),
         v_bytes(a.dim * a.v.bits / 8),
         pairs(a.v.bits == 4 || a.v.bits == 16),
-        lanes(round_up(pairs ? round_up(dim / 2, kLanes) * 2 : round_up(dim, kLanes), kColumnUnit)),
+        lanes(round_up(pairs ? round_up(dim / 2, kLanes) * 2 : round_up(dim, kLanes),
+                       a.v.bits < 16 ? kColumnUnit : 1)),
         q_stride(round_up(a.dim, kStep)) {}
   int64_t partial_floats(int64_t rows) const { return rows * (lanes + 2); }
 };

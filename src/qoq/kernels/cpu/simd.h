@@ -95,6 +95,12 @@ inline __attribute__((always_inline)) void each_vector(int64_t count, F&& body) 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// A number as a type: bodies are compiled for it.
+template <int N>
+struct Fixed {
+  static constexpr int value = N;
+};
+
 inline F32 splat(float x) { return x - F32{}; }
 inline S32 splat(int32_t x) { return x - S32{}; }
 
