@@ -8,6 +8,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qoq.engine.choices import choices
+from qoq.engine.defaults import sampling_defaults, with_defaults
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams, Update
 from qoq.errors import RequestError, ResourceError
@@ -67,9 +69,10 @@ class LLM:
     ) -> list[Output]:
         """Continue each prompt (text, or token ids) and return the outputs in the same order.
 
-        One ``params`` serves all prompts, or give one for each; ``progress`` draws a bar on
-        standard error. Raises RequestError before any work if a prompt cannot be run. After an
-        interrupt the LLM can be used again.
+        Where ``params.n`` is more than 1, a prompt's n outputs follow each other, ``index`` saying
+        which is which. One ``params`` serves all prompts, or give one for each; ``progress`` draws
+        a bar on standard error. Raises RequestError before any work if a prompt cannot be run.
+        After an interrupt the LLM can be used again.
         """
         ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         if not ids:
@@ -82,6 +85,10 @@ class LLM:
             while engine.unfinished:
                 bar.advance(task, sum(map(_gained, engine.step())))
         return [request.output() for request in requests]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for, greedy where it says nothing."""
+        return with_defaults(sampling_defaults(self.path))
 
     def chat(
         self,
@@ -101,7 +108,12 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt, piece by piece; the pieces joined are ``generate``'s text."""
-        engine, _ = self._start([self._encode(prompt)], [params or SamplingParams()])
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(
+                "n must be 1 for a stream; ask for each text in a stream of its own."
+            )
+        engine, _ = self._start([self._encode(prompt)], [params])
 
         def pieces() -> Iterator[str]:
             while engine.unfinished:
@@ -117,9 +129,17 @@ class LLM:
     def _start(
         self, prompts: list[list[int]], params: Sequence[SamplingParams]
     ) -> tuple[Engine, list[Request]]:
-        """An engine of its own for these prompts, with a KV cache just big enough."""
+        """An engine of its own for these prompts, with a KV cache just big enough.
+
+        A prompt has as many requests as choices, in order.
+        """
+        asked = [
+            (ids, choice, index)
+            for ids, p in zip(prompts, params, strict=True)
+            for index, choice in enumerate(choices(p))
+        ]
         context = self.config.max_positions
-        lengths = [check_length(ids, p, context) for ids, p in zip(prompts, params, strict=True)]
+        lengths = [check_length(ids, choice, context) for ids, choice, _ in asked]
         needs = [pages_needed(length, PAGE_SIZE) for length in lengths]
         pool = self._pool(sum(sorted(needs)[-self._max_requests :]), max(needs))
         engine = Engine(
@@ -130,7 +150,11 @@ class LLM:
             max_requests=self._max_requests,
             backend=self._backend,
         )
-        return engine, [engine.add(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        requests = []
+        for ids, choice, index in asked:
+            requests.append(engine.add(ids, choice))
+            requests[-1].index = index
+        return engine, requests
 
     def _pool(self, wanted: int, least: int) -> KVPool:
         """A cache of ``wanted`` pages, or of what memory allows, but of ``least`` pages."""

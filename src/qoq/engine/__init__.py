@@ -1,4 +1,8 @@
 """From requests to tokens: batches over the paged KV cache.
 
-request   SamplingParams, Request (a prompt on its way) and Output     engine   Engine.step
+engine    Engine.step                                 request    SamplingParams, Request and Output
+sampler   logits to tokens, and what is told of them  logits     what requests want done to logits
+penalties on what is there already                    logprobs   of tokens, of prompts, with ranks
+structured, structured_params   the text's form       checks     values a request may bring
+choices   n texts for a prompt                        defaults   what a model asks for itself
 """

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qoq.engine.logprobs import forward
 from qoq.engine.request import Request, SamplingParams, Update
+from qoq.engine.sampler import Sampler
 from qoq.errors import RequestError
-from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.allocator import PageAllocator
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.batch import Batch
@@ -56,6 +57,7 @@ class Engine:
         self._max_requests = max_requests
         self._max_step_tokens = max(max_step_tokens, max_requests + PREFILL_CHUNK)
         self._backend = backend
+        self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -81,6 +83,7 @@ class Engine:
         request = Request(
             prompt_ids, params, max_length=length, eos_ids=self._eos_ids, tokenizer=self._tokenizer
         )
+        self._sampler.admit(request, self._device)
         self._waiting.append(request)
         return request
 
@@ -99,8 +102,13 @@ class Engine:
             return []
         batch = self._batch(chunks)
         ready = [at for at, (request, stop) in enumerate(chunks) if stop == len(request.ids)]
-        logits = self._decoder(
-            batch, self._pool.layers, batch.last_rows[ready], backend=self._backend
+        logits = forward(
+            self._decoder,
+            batch,
+            self._pool,
+            batch.last_rows[ready],
+            chunks,
+            backend=self._backend,
         )
         for request, stop in chunks:
             request.num_cached = stop
@@ -148,26 +156,8 @@ class Engine:
         )
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[Update]:
-        """Sample a token for each request from its row of logits [S, V], and hand it over.
-
-        The randomness hangs on (seed, new tokens so far) alone.
-        """
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
-
-        params = [request.params for request in requests]
-        wanted = SamplingBatch(
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int64),
-            top_p=column([p.top_p for p in params], torch.float32),
-            min_p=column([p.min_p for p in params], torch.float32),
-            seeds=column([r.seed for r in requests], torch.int64),
-            step=column([r.num_new for r in requests], torch.int64),
-        )
-        tokens = sample(logits, wanted)
-        chosen = zip(requests, tokens.ids.tolist(), tokens.logprobs.tolist(), strict=True)
-        return [request.accept(token_id, logprob) for request, token_id, logprob in chosen]
+        """Sample a token for each request from its row of logits [S, V], and hand it over."""
+        return self._sampler.choose(requests, logits)
 
     def _release(self) -> None:
         """Free the pages of requests that have ended."""
