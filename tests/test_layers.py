@@ -13,7 +13,7 @@ LEVELS = (
     ("cli", "server", "llm", "bench", "evaluate"),
     ("engine", "quantize"),
     ("models",),
-    ("checkpoint", "kvcache", "kernels", "tokenizer"),
+    ("checkpoint", "kvcache", "kernels", "tokenizer", "tools"),
     ("formats",),
     ("errors",),
 )

@@ -4,6 +4,7 @@ Grammars are llguidance's: they are followed token by token instead of being exp
 and every phase has a budget, so that a schema that explodes is cut off with an error.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -29,6 +30,8 @@ _LIMITS = {
     "max_items_in_row": 2_000,
     "max_lexer_states": 50_000,
 }
+# Between two marks of JSON. Without a bound, a small model may write spaces for ever.
+_WHITESPACE = r"[ \t\r\n]{1,40}"
 
 
 class Grammars:
@@ -74,15 +77,16 @@ class Grammars:
             )
         guidance = self._guidance
         try:
-            grammar = guidance.grammar_from(*_source(kind, text, guidance))
+            grammar = _grammar(kind, text, guidance)
         except Exception as error:  # its converters raise what they like
             raise RequestError(_complaint(kind, str(error))) from error
         limits = guidance.LLParserLimits(**_LIMITS, verbose_errors=False)
         matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.deep_copy().compute_bitmask()  # what is too large often shows at the first id
-        if matcher.is_error():
-            raise RequestError(_complaint(kind, matcher.get_error()))
+        trial = matcher.deep_copy()
+        if not trial.is_error():
+            trial.compute_bitmask()  # what is too large or fits no text often shows at once
+        if trial.is_error():
+            raise RequestError(_complaint(kind, trial.get_error()))
         return matcher
 
     def _vocabulary(self, tokenizer: Tokenizer, vocab_size: int) -> Any:
@@ -148,33 +152,31 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _source(kind: str, text: str, guidance: Any) -> tuple[str, str]:
-    """What llguidance calls a structure of that kind, and its text there."""
+def _grammar(kind: str, text: str, guidance: Any) -> str:
+    """A structure in llguidance's own notation."""
+    if kind in ("json", "json_object"):
+        rules = {"whitespace_pattern": _WHITESPACE}
+        return str(guidance.LLMatcher.grammar_from_json_schema(text, overrides=rules))
     if kind == "choice":
-        import json
-
-        pattern = "|".join(_escaped(choice) for choice in json.loads(text))
-        return "regex", f"({pattern})"
-    if kind == "grammar":
-        return "grammar", text
-    return ("regex", text) if kind == "regex" else ("json_schema", text)
+        text = "|".join(f"({_escaped(choice)})" for choice in json.loads(text))
+    return str(guidance.grammar_from("grammar" if kind == "grammar" else "regex", text))
 
 
 def _escaped(text: str) -> str:
     """A regular expression for ``text`` itself."""
-    return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~/<>@" else c for c in text)
+    return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~" else c for c in text)
 
 
 def _without_padding(state: str) -> str:
     """tokenizer.json's text with truncation and padding off: they are not the vocabulary's."""
-    import json
-
     value = json.loads(state)
     value["truncation"] = value["padding"] = None
     return json.dumps(value, ensure_ascii=False)
 
 
 def _complaint(kind: str, reason: str) -> str:
+    if reason.startswith("NoExtension"):
+        reason = "no text has this form"
     return f"structured_outputs: this {kind} cannot be used: {_first_line(reason)}"
 
 
