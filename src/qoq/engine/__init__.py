@@ -5,4 +5,5 @@ sampler   logits to tokens, and what is told of them  logits     what requests w
 penalties on what is there already                    logprobs   of tokens, of prompts, with ranks
 structured, structured_params   the text's form       checks     values a request may bring
 choices   n texts for a prompt                        defaults   what a model asks for itself
+speculative   guesses by prompt lookup
 """
