@@ -42,7 +42,7 @@ def logits_after(ids: list[int]) -> torch.Tensor:
     return torch.tensor([b / 40 for b in digest[:VOCAB]])
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
     temperature=st.sampled_from([0.0, 0.3, 1.0]),

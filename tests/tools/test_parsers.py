@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qoq.tools.calls import CallStart, Content, ToolCall, collect
-from qoq.tools.parsers import PARSERS, CallList, Hermes, Llama3, Mistral, OneCall, Parser, parse
+from qoq.tools.machine import Parser
+from qoq.tools.parsers import PARSERS, CallList, Hermes, Llama3, Mistral, OneCall, parse
 
 ARGS = '{"city": "Köln \\"}] ", "days": [1, {"a": null}]}'
 WEATHER = f'{{"name": "weather", "arguments": {ARGS}}}'
@@ -94,7 +95,7 @@ FRAGMENTS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(MAKERS)),
     parts=st.lists(FRAGMENTS, max_size=12),
@@ -114,7 +115,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     calls=st.lists(
         st.tuples(

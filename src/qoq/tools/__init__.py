@@ -2,5 +2,6 @@
 
 calls    what a parser finds: content and calls        scan     one call's JSON, as it comes
 parsers  one for each way that models write calls      choose   which of them a model needs
+machine  what the parsers share
 request  tools and tool_choice of a request, and the structure that forces a call
 """

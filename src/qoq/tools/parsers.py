@@ -1,119 +1,10 @@
-"""One parser for each way that models write calls; the same machine for a stream and a whole text.
+"""One parser for each way that models write calls; the same for a stream and for a whole text."""
 
-A parser takes a text in pieces and returns events; how the text is cut into pieces changes nothing
-of what the events say together. Whitespace next to a call is not content.
-"""
+from collections.abc import Callable, Iterator
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
-
-from qoq.tools.calls import CallArguments, CallStart, Content, Event, ToolText, collect
+from qoq.tools.calls import Event, ToolText, collect
+from qoq.tools.machine import SPACE, Parser
 from qoq.tools.scan import CallReader, ValueEnd
-
-_SPACE = " \t\r\n"
-_MAX_SPACE = 256  # so much of it waits to see whether a call follows
-
-
-class Parser:
-    """Text in, events out: content up to a mark, then whatever the subclass reads.
-
-    A subclass names its ``marks`` and reads what follows one in ``_read``, a character at a time.
-    """
-
-    marks: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self._held = ""  # may become a mark, or is space that may be next to one
-        self._after_call = False  # nothing but space since the last call
-        self._inside = False
-        self._queue: deque[str] = deque()
-
-    def push(self, piece: str) -> list[Event]:
-        """What ``piece`` makes certain."""
-        self._queue.extend(piece)
-        events: list[Event] = []
-        while self._queue:
-            events += self._one(self._queue.popleft())
-        return _joined(events)
-
-    def finish(self) -> list[Event]:
-        """What is left when no text follows."""
-        events = list(self._end()) if self._inside else []
-        if not self._after_call or self._held.strip(_SPACE):
-            rest = self._held if not self._calls else self._held.rstrip(_SPACE)
-            events += [Content(rest)] if rest else []
-        self._held = ""
-        return _joined(events)
-
-    def _one(self, char: str) -> Iterator[Event]:
-        if self._inside:
-            yield from self._read(char)
-            return
-        self._held += char
-        mark = next((m for m in self.marks if self._held.endswith(m)), None)
-        if mark is not None:
-            text = self._held.removesuffix(mark)
-            yield from self._content(text.rstrip(_SPACE) if text.strip(_SPACE) else "")
-            self._held = ""
-            self._inside = True
-            self._open(mark)
-            return
-        keep = self._may_be_mark()
-        certain = self._held[: len(self._held) - keep]
-        spaces = len(certain) - len(certain.rstrip(_SPACE))
-        if certain.strip(_SPACE):
-            end = len(certain) - spaces
-            text, self._held = self._held[:end], self._held[end:]
-            yield from self._content(text)
-        elif len(certain) > _MAX_SPACE:
-            self._held = self._held[len(certain) :]
-            yield from self._content(certain)
-
-    def _may_be_mark(self) -> int:
-        """How many characters at the end of what is held may begin a mark."""
-        return max(
-            (
-                n
-                for mark in self.marks
-                for n in range(1, len(mark))
-                if self._held.endswith(mark[:n])
-            ),
-            default=0,
-        )
-
-    def _content(self, text: str) -> Iterator[Event]:
-        if self._after_call:
-            text = text.lstrip(_SPACE)
-        if text:
-            self._after_call = False
-            yield Content(text)
-
-    def _start(self, name: str) -> CallStart:
-        self._calls += 1
-        return CallStart(self._calls - 1, name)
-
-    def _arguments(self, text: str) -> Iterator[Event]:
-        if text:
-            yield CallArguments(self._calls - 1, text)
-
-    def _leave(self, again: str = "", mark: str = "") -> Iterator[Event]:
-        """Back to content: ``mark`` was none, and ``again``, which followed it, is read anew."""
-        self._inside = False
-        self._after_call = self._calls > 0
-        yield from self._content(mark)
-        self._queue.extendleft(reversed(again))
-
-    def _open(self, mark: str) -> None:
-        raise NotImplementedError
-
-    def _read(self, char: str) -> Iterator[Event]:
-        raise NotImplementedError
-
-    def _end(self) -> Iterator[Event]:
-        """The text ended after a mark."""
-        raise NotImplementedError
 
 
 class _Objects(Parser):
@@ -189,13 +80,13 @@ class _Lists(_Objects):
                 self._fresh()
             elif char == "]":
                 yield from self._leave()
-            elif char not in _SPACE:
+            elif char not in SPACE:
                 yield from self._leave(char)
         else:
             self._raw += char
             if char == "[":
                 self._state = "object"
-            elif char not in _SPACE:
+            elif char not in SPACE:
                 yield from self._no_list(char)
 
     def _no_list(self, char: str) -> Iterator[Event]:
@@ -224,7 +115,7 @@ class Mistral(_Lists):
 
     def _no_list(self, char: str) -> Iterator[Event]:
         self._state = "name"
-        name = self._raw[:-1].strip(_SPACE).removesuffix(self._ARGS)
+        name = self._raw[:-1].strip(SPACE).removesuffix(self._ARGS)
         if char == "{" and name:
             self._state, self._value = "values", ValueEnd()
             self._value.push(char)
@@ -262,12 +153,12 @@ class Llama3(_Objects):
         if self._reader.done:
             if char == ";":
                 self._fresh()
-            elif char not in _SPACE:
+            elif char not in SPACE:
                 yield from self._leave(char)
             return
         if not self._reader.raw:
-            tag = self._raw.strip(_SPACE)
-            if char in _SPACE or self._TAG.startswith(tag + char):
+            tag = self._raw.strip(SPACE)
+            if char in SPACE or self._TAG.startswith(tag + char):
                 self._raw += char
                 return
             if tag not in ("", self._TAG):
@@ -307,18 +198,3 @@ PARSERS: dict[str, Callable[[], Parser]] = {
 def parse(parser: Parser, text: str) -> ToolText:
     """A whole text through a fresh parser."""
     return collect([*parser.push(text), *parser.finish()])
-
-
-def _joined(events: Iterable[Event]) -> list[Event]:
-    """Neighbours of one kind made one, so that a piece of text gives few events."""
-    out: list[Event] = []
-    for kind, run in groupby(events, key=lambda e: (type(e), getattr(e, "index", None))):
-        some = list(run)
-        if kind[0] is Content:
-            out.append(Content("".join(e.text for e in some if isinstance(e, Content))))
-        elif kind[0] is CallArguments:
-            text = "".join(e.text for e in some if isinstance(e, CallArguments))
-            out.append(CallArguments(some[0].index, text))  # type: ignore[union-attr]
-        else:
-            out += some
-    return out

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qoq.errors import RequestError
-from qoq.tools.parsers import PARSERS, CallList, OneCall, Parser
+from qoq.tools.machine import Parser
+from qoq.tools.parsers import PARSERS, CallList, OneCall
 
 MAX_TOOLS = 128
 
