@@ -13,7 +13,7 @@ LEVELS = (
     ("cli", "server", "llm", "batch", "bench", "evaluate"),
     ("engine", "quantize"),
     ("models",),
-    ("checkpoint", "kvcache", "kernels", "tokenizer", "client"),
+    ("checkpoint", "kvcache", "kernels", "tokenizer", "tools", "client"),
     ("formats",),
     ("errors",),
 )

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from qoq import LLM, SamplingParams
 from qoq.checkpoint.manifest import make_manifest
 from qoq.checkpoint.writer import CheckpointWriter, companion_files
 from qoq.engine.engine import Engine
+from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.formats.scheme import QuantScheme
 from qoq.models.config import ModelConfig
@@ -294,6 +297,90 @@ def test_eos_ids_of_generation_config_end_a_text(tiny: tuple[LLM, Any], tmp_path
     output = LLM(folder).generate("hello", SamplingParams(max_tokens=6))[0]
     assert output.finish_reason == "stop"
     assert output.token_ids == wanted.token_ids[: wanted.token_ids.index(wanted.token_ids[2]) + 1]
+
+
+def test_prompt_logprobs_are_those_of_the_model(
+    tiny: tuple[LLM, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, reference = tiny
+    params = SamplingParams(max_tokens=3, prompt_logprobs=2, logprobs=1)
+    plain = llm.generate(["hello", PROMPTS[2]], SamplingParams(max_tokens=3))
+    outputs = llm.generate(["hello", PROMPTS[2]], [SamplingParams(max_tokens=3), params])
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert (outputs[0].prompt_logprobs, outputs[0].top_logprobs) == (None, None)
+    output = outputs[1]
+    ids = output.prompt_token_ids
+    with torch.no_grad():
+        wanted = reference(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    scores = output.prompt_logprobs
+    assert scores is not None
+    assert scores[0] is None
+    assert len(scores) == len(ids)
+    for at, score in enumerate(scores[1:]):
+        assert score is not None
+        ranking = wanted[at].sort(descending=True).indices.tolist()
+        assert next(iter(score)) == ids[at + 1]
+        assert set(score) == {ids[at + 1], *ranking[:2]}
+        for i, one in score.items():
+            assert one.rank == ranking.index(i) + 1
+            assert one.logprob == pytest.approx(float(wanted[at, i]), abs=1e-3)
+    # However few rows of logits fit at a time.
+    monkeypatch.setattr("qoq.engine.logprobs._SCORED_BYTES", 4 * llm.config.vocab_size * 3)
+    pieces = llm.generate([PROMPTS[2]], params)[0].prompt_logprobs
+    assert pieces is not None
+    assert [list(p or ()) for p in pieces] == [list(s or ()) for s in scores]
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks_and_neighbours(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(packed)
+    params = SamplingParams(max_tokens=4, prompt_logprobs=3, logprobs=3, min_tokens=2)
+    alone = [llm.generate(p, params)[0] for p in PROMPTS]
+    assert llm.generate(PROMPTS, params) == alone
+    monkeypatch.setattr("qoq.llm.Engine", partial(Engine, max_step_tokens=7))
+    assert LLM(packed, max_requests=3).generate(PROMPTS, params) == alone
+
+
+def test_several_texts_for_a_prompt(tiny: tuple[LLM, Any]) -> None:
+    llm, _ = tiny
+    params = SamplingParams(max_tokens=8, temperature=2.0, seed=5, ignore_eos=True)
+    one = llm.generate("hello", params)[0]
+    outputs = llm.generate(["hello", "t"], [replace(params, n=3), params])
+    assert [o.index for o in outputs] == [0, 1, 2, 0]
+    assert outputs[0].token_ids == one.token_ids
+    assert len({tuple(o.token_ids) for o in outputs[:3]}) == 3
+    again = llm.generate("hello", replace(params, n=3))
+    assert [o.token_ids for o in again] == [o.token_ids for o in outputs[:3]]
+    with pytest.raises(RequestError, match="n must be 1 for a stream"):
+        llm.stream("hello", replace(params, n=2))
+
+
+def test_structured_text_in_a_mixed_batch(packed: Path) -> None:
+    llm = LLM(packed)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+    }
+    form = StructuredOutputsParams(json=schema)
+    params = [
+        SamplingParams(max_tokens=60, structured_outputs=form),
+        SamplingParams(max_tokens=60, structured_outputs=form, temperature=1.0, seed=3, logprobs=2),
+        SamplingParams(max_tokens=20, repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(max_tokens=20),
+    ]
+    outputs = llm.generate(["hello"] * 4, params)
+    for output in outputs[:2]:
+        if output.finish_reason == "stop":
+            value = json.loads(output.text)
+            assert value["a"] <= 99
+            assert value["b"] in ("x", "y")
+    assert [llm.generate("hello", p)[0] for p in params] == outputs
+
+
+def test_defaults_of_generation_config(tiny: tuple[LLM, Any], tmp_path: Path) -> None:
+    assert LLM(BUNDLED).get_default_sampling_params() == SamplingParams(temperature=0.8, top_p=0.95)
 
 
 @pytest.fixture(autouse=True)

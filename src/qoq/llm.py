@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qoq.engine.choices import choices
+from qoq.engine.defaults import sampling_defaults, with_defaults
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams, Update
 from qoq.errors import RequestError, ResourceError
@@ -72,9 +74,10 @@ class LLM:
     ) -> list[Output]:
         """Continue each prompt (text, or token ids) and return the outputs in the same order.
 
-        One ``params`` serves all prompts, or give one for each; ``progress`` draws a bar on
-        standard error. Raises RequestError before any work if a prompt cannot be run. After an
-        interrupt the LLM can be used again.
+        Where ``params.n`` is more than 1, a prompt's n outputs follow each other, ``index`` saying
+        which is which. One ``params`` serves all prompts, or give one for each; ``progress`` draws
+        a bar on standard error. Raises RequestError before any work if a prompt cannot be run.
+        After an interrupt the LLM can be used again.
         """
         ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         if not ids:
@@ -90,6 +93,10 @@ class LLM:
                 bar.advance(task, sum(map(_gained, updates)))
                 unfinished -= sum(u.request.finish_reason is not None for u in updates)
         return [request.output() for request in requests]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for, greedy where it says nothing."""
+        return with_defaults(sampling_defaults(self.path))
 
     def chat(
         self,
@@ -116,7 +123,12 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Iterator[Update]:
         """``stream`` token by token: ids, texts (some of them empty) and the request they grow."""
-        engine, [request] = self._start([self._encode(prompt)], [params or SamplingParams()])
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(
+                "n must be 1 for a stream; ask for each text in a stream of its own."
+            )
+        engine, [request] = self._start([self._encode(prompt)], [params])
 
         def updates() -> Iterator[Update]:
             tokens = shown = 0
@@ -154,15 +166,21 @@ class LLM:
     def _start(
         self, prompts: list[list[int]], params: Sequence[SamplingParams]
     ) -> tuple[Engine, list[Request]]:
-        """The engine, with these prompts in line."""
+        """The engine, with these prompts in line, each as many times as it wants texts."""
+        asked = [
+            (ids, choice, index)
+            for ids, p in zip(prompts, params, strict=True)
+            for index, choice in enumerate(choices(p))
+        ]
         context = self.config.max_positions
-        lengths = [check_length(ids, p, context) for ids, p in zip(prompts, params, strict=True)]
+        lengths = [check_length(ids, choice, context) for ids, choice, _ in asked]
         needs = [pages_needed(length, PAGE_SIZE) for length in lengths]
         engine = self._engine_for(sum(sorted(needs)[-self._max_requests :]), max(needs))
         requests: list[Request] = []
         try:
-            for ids, own in zip(prompts, params, strict=True):
-                requests.append(engine.add(ids, own))
+            for ids, choice, index in asked:
+                requests.append(engine.add(ids, choice))
+                requests[-1].index = index
         except RequestError:
             for request in requests:
                 engine.abort(request)

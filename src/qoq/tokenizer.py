@@ -91,13 +91,21 @@ class Tokenizer:
         )
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) in the model's chat template.
 
-        Raises RequestError where the model has no template or the template refuses the messages.
+        ``tools``: what the model may call, as in OpenAI's requests; templates that know of none
+        leave them out. Raises RequestError where the model has no template or the template refuses
+        the messages.
         """
-        text = self.chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.chat_template().render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools or None
+        )
         return self.encode(text, special=False)  # the template has put the special tokens in
 
     def chat_template(self, source: str | None = None) -> "ChatTemplate":
@@ -210,40 +218,49 @@ class Detokenizer:
     bytes are still to come, so those characters wait.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        """``prompt_ids``: what the text continues; none of it is returned."""
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special: bool = True
+    ) -> None:
+        """``prompt_ids``: what the text continues; none of it is returned.
+
+        ``skip_special`` leaves special tokens out of the text.
+        """
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._ids = list(prompt_ids[-_CONTEXT_IDS:])
         self._context = len(self._ids)  # so many of the ids are complete text already
-        self._shown = _finished(tokenizer.decode(self._ids))  # text of the ids already returned
+        self._shown = _finished(self._decode(self._ids))  # text of the ids already returned
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` makes certain, often one word, sometimes ""."""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         ready = _finished(text)
         if ready.startswith(self._shown):
             piece = ready[len(self._shown) :]
         elif ready == text:
             # Bytes in a row with those before them that, in the end, made no code point: a decoder
             # may then spoil the whole row. What was returned stays, so decode only what is new.
-            piece = self._tokenizer.decode(self._ids[self._context :])
+            piece = self._decode(self._ids[self._context :])
         else:
             return ""
         if piece and ready == text:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
-            self._shown = self._tokenizer.decode(self._ids)
+            self._shown = self._decode(self._ids)
         else:
             self._shown += piece
         return piece
 
     def flush(self) -> str:
         """What is left when no id follows: an unfinished code point as U+FFFD."""
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         rest = text[len(self._shown) :] if text.startswith(self._shown) else ""
         self._shown = text
         return rest
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
 
 
 def _finished(text: str) -> str:
@@ -258,23 +275,29 @@ class StopMatcher:
     """Passes text on until a stop string appears; what may yet become one waits.
 
     Example: stop ["\\n\\n"]; push("a\\n") -> "a", push("b") -> "\\nb", push("\\n\\nc") -> "" and
-    ``matched`` is True.
+    ``found`` is the stop string.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
-        self.matched = False
+        self.found: str | None = None
+
+    @property
+    def matched(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self.found is not None
 
     def push(self, piece: str) -> str:
         """The text now certain to come before any stop string."""
         if self.matched:
             return ""
         text = self._held + piece
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.matched, self._held = True, ""
-            return text[: min(found)]
+        places = [(at, s) for at, s in ((text.find(s), s) for s in self._stop) if at >= 0]
+        if places:
+            at, self.found = min(places, key=lambda place: place[0])
+            self._held = ""
+            return text[:at]
         hold = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

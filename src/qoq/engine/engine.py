@@ -14,12 +14,13 @@ from itertools import count
 
 import torch
 
+from qoq.engine.logprobs import forward
 from qoq.engine.request import Request, SamplingParams, Update
 from qoq.engine.rows import Rows
+from qoq.engine.sampler import Sampler
 from qoq.engine.scheduler import Scheduler
 from qoq.engine.stats import EngineStats
 from qoq.errors import RequestError
-from qoq.kernels.sample import sample
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.decoder import Decoder
 from qoq.tokenizer import Tokenizer
@@ -69,7 +70,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
         self._backend = backend
-        device = pool.layers[0].k_codes.device
+        self._device = device = pool.layers[0].k_codes.device
+        self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
         self._rows = Rows(max_requests, most_pages, pool.page_size, device)
         self._scheduler = Scheduler(
@@ -157,14 +159,15 @@ class Engine:
         self._rows.follow(plan)
         batch = self._rows.batch(plan.chunks)
         ready = [at for at, chunk in enumerate(plan.chunks) if chunk.stop == len(chunk.request.ids)]
-        logits = self._decoder(
-            batch, self._pool.layers, batch.last_rows[ready], backend=self._backend
-        )
+        reads = [(chunk.request, chunk.stop) for chunk in plan.chunks]
+        rows = batch.last_rows[ready]
+        logits = forward(self._decoder, batch, self._pool, rows, reads, backend=self._backend)
         self._scheduler.advance(plan.chunks)
         requests = [plan.chunks[at].request for at in ready]
-        tokens = sample(logits, self._rows.sampling(requests))
+        updates = self._sampler.choose(requests, logits, self._rows.sampling(requests))
         self._steps += 1
-        return self._hand_over(requests, tokens.ids.tolist(), tokens.logprobs.tolist())
+        self._settle(updates)
+        return updates
 
     def stats(self) -> EngineStats:
         """What runs, waits and has been done until now."""
@@ -208,24 +211,21 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
         )
+        self._sampler.admit(request, self._device)
         self._scheduler.add(request)
         return request
 
-    def _hand_over(
-        self, requests: Sequence[Request], ids: Sequence[int], logprobs: Sequence[float]
-    ) -> list[Update]:
-        """Give each request its new token, and let those go that end with it."""
+    def _settle(self, updates: Sequence[Update]) -> None:
+        """Count the new tokens, and let those requests go that have ended."""
         now = time.monotonic()
-        updates = []
-        for request, token_id, logprob in zip(requests, ids, logprobs, strict=True):
-            updates.append(request.accept(token_id, logprob))
+        for update in updates:
+            request = update.request
             if request.first_token_time is None:
                 request.first_token_time = now
                 self._prompt_tokens += len(request.prompt_ids)
+            self._generation_tokens += update.token_id is not None
             if request.finish_reason is not None:
                 self._end(request, now)
-        self._generation_tokens += len(updates)
-        return updates
 
     def _end(self, request: Request, now: float) -> None:
         """A request's ``finish_reason`` is set: free what it holds and count it."""

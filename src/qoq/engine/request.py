@@ -7,10 +7,13 @@ here.
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from qoq.engine.checks import check_rules, is_ids, is_int, is_sequence, require, within
+from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError
 from qoq.tokenizer import Detokenizer, StopMatcher, Tokenizer
 
@@ -27,7 +30,17 @@ class SamplingParams:
     seed: the same one gives the same text again; None draws a fresh one for each request.
     stop: a string or several; the text ends before the first that appears.
     stop_token_ids: end the text like the model's own end-of-sequence ids, which ``ignore_eos``
-    switches off.
+    switches off; min_tokens: no end of any kind before so many new tokens.
+    repetition_penalty: what the prompt or the text already holds gets its logit divided by this if
+    it is positive, else multiplied (1 is off); frequency_penalty and presence_penalty: taken off
+    the logits of what the text holds, for each time and once (0 is off).
+    logit_bias: token id to what is added to its logit, -100 to 100. allowed_token_ids: no others
+    are chosen. bad_words: strings that are not written, as far as their usual tokens go.
+    structured_outputs: the form that the text must have.
+    logprobs: also give the log-probabilities of so many likeliest tokens at each place (0: of the
+    chosen one with its rank only; None: none of this); prompt_logprobs: the same at each place of
+    the prompt, which then is read in full, no cached prefix used.
+    n: texts wanted (see ``engine.choices``). skip_special_tokens: leave them out of the text.
     """
 
     max_tokens: int = 128
@@ -39,48 +52,64 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    structured_outputs: StructuredOutputsParams | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, self, "max_tokens", "1 or more")
-        _require(_within(self.temperature, 0, math.inf), self, "temperature", "0 or more")
-        _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "0 (off) or more")
-        in_p = _within(self.top_p, 0, 1) and self.top_p > 0
-        _require(in_p, self, "top_p", "above 0 and at most 1")
-        _require(_within(self.min_p, 0, 1), self, "min_p", "from 0 to 1")
-        seeded = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
-        _require(seeded, self, "seed", "None or from 0 to 2**63 - 1")
-        strings = _is_sequence(self.stop) and all(isinstance(s, str) and s for s in self.stop)
+        require(is_int(self.max_tokens) and self.max_tokens >= 1, self, "max_tokens", "1 or more")
+        require(within(self.temperature, 0, math.inf), self, "temperature", "0 or more")
+        require(is_int(self.top_k) and self.top_k >= 0, self, "top_k", "0 (off) or more")
+        in_p = within(self.top_p, 0, 1) and self.top_p > 0
+        require(in_p, self, "top_p", "above 0 and at most 1")
+        require(within(self.min_p, 0, 1), self, "min_p", "from 0 to 1")
+        seeded = self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**63)
+        require(seeded, self, "seed", "None or from 0 to 2**63 - 1")
+        strings = is_sequence(self.stop) and all(isinstance(s, str) and s for s in self.stop)
         stops = (isinstance(self.stop, str) and self.stop != "") or strings
-        _require(stops, self, "stop", "a string or a list of strings, none of them empty")
-        ids = _is_sequence(self.stop_token_ids) and all(
-            _is_int(i) and i >= 0 for i in self.stop_token_ids
-        )
-        _require(ids, self, "stop_token_ids", "a list of token ids")
-        _require(isinstance(self.ignore_eos, bool), self, "ignore_eos", "True or False")
+        require(stops, self, "stop", "a string or a list of strings, none of them empty")
+        require(is_ids(self.stop_token_ids), self, "stop_token_ids", "a list of token ids")
+        require(isinstance(self.ignore_eos, bool), self, "ignore_eos", "True or False")
+        check_rules(self)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @cached_property
+    def shapes_logits(self) -> bool:
+        """Whether anything but temperature and cuts decides which token is drawn."""
+        return (
+            self.penalizes
+            or self.min_tokens > 0
+            or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or len(self.bad_words) > 0
+            or self.structured_outputs is not None
+        )
 
-def _require(good: bool, params: SamplingParams, name: str, wanted: str) -> None:
-    if not good:
-        raise RequestError(f"{name} must be {wanted}, not {getattr(params, name)!r}.")
+    @property
+    def penalizes(self) -> bool:
+        """Whether what is there already changes what comes next."""
+        return self.repetition_penalty != 1 or any((self.presence_penalty, self.frequency_penalty))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability under the model and its place in the ranking, 1 the likeliest."""
 
-
-def _within(value: object, low: float, high: float) -> bool:
-    """A finite number (no bool) in low..high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type,operator]
-
-
-def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    logprob: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -88,8 +117,13 @@ class Output:
     """A finished text.
 
     text continues the prompt; token_ids are the new ids, a final end-of-sequence id included, and
-    logprobs their log-probabilities under the model (before temperature and cuts).
-    finish_reason: "stop" (end of sequence or stop string), "length" or "abort".
+    logprobs their log-probabilities under the model (before penalties, temperature and cuts).
+    finish_reason: "stop" (end of sequence, stop string or end of the structure), "length" or
+    "abort"; stop_reason: the stop string or the id of ``stop_token_ids`` that ended it, if one did;
+    error: what went wrong where the request ended by an error of its own.
+    index: which of a prompt's ``n`` texts this is.
+    top_logprobs: for each new id, itself first and then the likeliest, as SamplingParams.logprobs
+    asked; prompt_logprobs likewise for the prompt's ids, None for the first.
     """
 
     text: str
@@ -97,15 +131,30 @@ class Output:
     logprobs: list[float]
     finish_reason: FinishReason
     prompt_token_ids: list[int]
+    index: int = 0
+    stop_reason: int | str | None = None
+    top_logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Log-probability of all new ids together."""
+        return math.fsum(self.logprobs)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one step gave one request; ``text`` may be "" while a character is incomplete."""
+    """What one step gave one request; ``text`` may be "" while a character is incomplete.
+
+    token_id is None where the request ended by an error of its own instead of with a token.
+    """
 
     request: "Request"
-    token_id: int
+    token_id: int | None
     text: str
+    logprob: float | None = None
+    top_logprobs: dict[int, Logprob] | None = None
 
 
 class Request:
@@ -144,6 +193,7 @@ class Request:
         self.ids = list(prompt_ids)
         self.logprobs: list[float] = []
         self.text = ""
+        self.index = 0
         self.finish_reason: FinishReason | None = None
         self.num_cached_prompt_tokens = 0
         self.num_preemptions = 0
@@ -151,8 +201,15 @@ class Request:
         self.admitted_at: float | None = None
         self.first_token_time: float | None = None
         self.finish_time: float | None = None
-        self._ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids)
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.top_logprobs: list[dict[int, Logprob]] = []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = []
+        self.end_ids = frozenset({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)})
+        self._detokenizer = None
+        if tokenizer is not None:
+            skip = params.skip_special_tokens
+            self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special=skip)
         self._matcher = StopMatcher(params.stop_strings)
         # The scheduler's: where it stands in line, its place among those that run (-1: none), its
         # pages, how much of it they hold, and the names of its full pages.
@@ -174,25 +231,62 @@ class Request:
         """How many new ids there are; the counter that sampling's randomness hangs on."""
         return len(self.ids) - len(self.prompt_ids)
 
-    def accept(self, token_id: int, logprob: float) -> Update:
-        """Take the next id; sets ``finish_reason`` when the text ends with it."""
+    def accept(
+        self,
+        token_id: int,
+        logprob: float,
+        top_logprobs: dict[int, Logprob] | None = None,
+        *,
+        last: bool = False,
+    ) -> Update:
+        """Take the next id; sets ``finish_reason`` when the text ends with it.
+
+        ``last``: the structure that was asked for is complete with it.
+        """
         self.ids.append(token_id)
         self.logprobs.append(logprob)
+        if top_logprobs is not None:
+            self.top_logprobs.append(top_logprobs)
         piece = ""
-        if token_id in self._ends:
+        if token_id in self.end_ids:
             self.finish_reason = "stop"  # and the id that says so is not part of the text
+            self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
         elif self._detokenizer is not None:
-            piece = self._matcher.push(self._detokenizer.push(token_id))
+            piece = self._detokenizer.push(token_id)
+            if self.num_new > self.params.min_tokens:
+                piece = self._matcher.push(piece)
+        if last and self.finish_reason is None:
+            self.finish_reason = "stop"
         if len(self.ids) >= self.max_length and self.finish_reason is None:
             self.finish_reason = "length"
         if self.finish_reason is not None and self._detokenizer is not None:
             piece += self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
         if self._matcher.matched:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_reason = "stop", self._matcher.found
         self.text += piece
-        return Update(self, token_id, piece)
+        return Update(self, token_id, piece, logprob, top_logprobs)
+
+    def fail(self, message: str) -> Update:
+        """End by an error that is this request's alone; ``message`` says what happened."""
+        self.finish_reason, self.error = "abort", message
+        piece = ""
+        if self._detokenizer is not None:
+            piece = self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
+        self.text += piece
+        return Update(self, None, piece)
 
     def output(self) -> Output:
         """The answer; a request that was not finished counts as aborted."""
-        reason = self.finish_reason or "abort"
-        return Output(self.text, self.token_ids, list(self.logprobs), reason, self.prompt_ids)
+        params = self.params
+        return Output(
+            self.text,
+            self.token_ids,
+            list(self.logprobs),
+            self.finish_reason or "abort",
+            self.prompt_ids,
+            index=self.index,
+            stop_reason=self.stop_reason,
+            top_logprobs=None if params.logprobs is None else list(self.top_logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else list(self.prompt_logprobs),
+            error=self.error,
+        )

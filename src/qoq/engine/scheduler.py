@@ -205,6 +205,8 @@ class Scheduler:
             return []
         size, ids = self._page_size, request.ids
         extend_keys(request.keys, root_key(request.cache_salt), ids, size, len(ids))
+        if request.params.prompt_logprobs is not None:
+            return []  # its prompt is scored, every row of it
         return self.pages.find(request.keys[: (len(ids) - 1) // size])
 
     def _is_read_by_another(self, request: Request, num_found: int) -> bool:
