@@ -15,6 +15,7 @@ from qoq.engine.scheduler import Chunk, Plan
 from qoq.kernels.sample import SamplingBatch
 from qoq.models.batch import Batch
 
+_HOTTEST = 1e30  # fits fp32, and leaves nothing of any difference between logits
 _SAMPLING = np.dtype(
     [
         ("temperature", np.float32),
@@ -43,7 +44,7 @@ class Rows:
         for request in plan.admitted:
             params = request.params
             self._sampling[request.row] = (
-                params.temperature,
+                min(params.temperature, _HOTTEST),
                 params.top_k,
                 params.top_p,
                 params.min_p,

@@ -18,12 +18,6 @@ constexpr int64_t kColumnUnit = 1, kDigitUnit = 1, kTileSums = 0;
 #endif
 constexpr int32_t kMost = 127 * 256 + 127;  // largest integer of two signed bytes
 
-// A number as a type: bodies are compiled for it.
-template <int N>
-struct Fixed {
-  static constexpr int value = N;
-};
-
 // Rows of digits of `rows` query rows, padded to whole registers.
 inline int64_t rows_of_digits(int64_t rows) { return round_up(2 * rows, kDigitUnit); }
 
