@@ -53,7 +53,7 @@ def test_no_bit_depends_on_the_batch(packed: Path, backend: str) -> None:
     assert [trial for trial in trials.values() if trial.mismatches] == []
     logprobs = [value for request in tried._truth for value in request.logprobs]
     assert min(logprobs) < -0.1
-    assert len(set(logprobs)) == len(logprobs), "numbers too smooth to differ"
+    assert len(set(logprobs)) > len(logprobs) // 2, "numbers too smooth to differ"
     assert all(trial.comparisons == len(LENGTHS) for trial in trials.values())
     assert trials["warm prefix cache"].cached_tokens == 32 + 288
     assert trials["thrown out at random"].preemptions > 0

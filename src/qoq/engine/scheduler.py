@@ -165,7 +165,7 @@ class Scheduler:
         return admitted
 
     def _has_room(self, request: Request, cached: Sequence[int]) -> bool:
-        """A row, and pages for what it has while all that run can get one more if they will."""
+        """A row, and pages for what it has while all that run and still grow can get one more."""
         if not self._rows:
             return False
         size = self._page_size
