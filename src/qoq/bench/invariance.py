@@ -58,7 +58,7 @@ class Invariance:
         *,
         backend: str = "auto",
         lengths: Sequence[int] = LENGTHS,
-        new_tokens: int = 12,
+        new_tokens: int = 24,
         seed: int = 0,
     ) -> None:
         """Prompts of ``lengths`` random tokens (cut to the model's context), every other request
@@ -184,12 +184,12 @@ class Invariance:
         return self._run(self._asked, engine, between)
 
     def _crowded(self) -> tuple[list[Request], Engine]:
-        """Pages for the longest request and a little more: full all the time."""
+        """Pages that let all but one in, and do not last for what they then generate."""
+        prompts = sorted(pages_for_tokens(len(a.prompt), PAGE_SIZE) for a in self._asked)
         longest = max(len(a.prompt) + a.params.max_tokens for a in self._asked)
-        engine = self._engine(
-            self._asked, num_pages=pages_for_tokens(longest, PAGE_SIZE) + 1, max_step_tokens=64
-        )
-        return self._run(self._asked, engine)
+        least = pages_for_tokens(longest, PAGE_SIZE)
+        pages = max(least, sum(prompts[:-1]) + len(prompts) - 2)
+        return self._run(self._asked, self._engine(self._asked, pages))
 
 
 def _differ(got: Request, want: Request) -> bool:
