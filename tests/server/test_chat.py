@@ -1,5 +1,6 @@
 """/v1/chat/completions: templates, parts, streams, logprobs, refusals."""
 
+import json
 from typing import Any
 
 import pytest
@@ -82,7 +83,6 @@ async def test_answer_can_go_on_with_the_last_message(app: Client, model: Served
         ({"messages": [{"role": "user", "content": "a", "x": "\ud800"}], "max_tokens": 1}, ""),
         ({"top_logprobs": 3}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "20"),
-        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -102,3 +102,20 @@ async def test_refusals(app: Client, change: dict[str, Any], says: str) -> None:
 async def test_harmless_fields_pass(app: Client) -> None:
     harmless = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
     assert (await app.post(PATH, {**BODY, **harmless, "parallel_tool_calls": True})).is_success
+
+
+async def test_the_likeliest_tokens_are_told(app: Client) -> None:
+    got = await app.post(PATH, {**BODY, "logprobs": True, "top_logprobs": 2, "temperature": 0})
+    content = got.json()["choices"][0]["logprobs"]["content"]
+    assert content
+    for entry in content:
+        values = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(values) == 2
+        assert values == sorted(values, reverse=True)
+        assert entry["logprob"] == values[0]  # greedy
+
+
+async def test_answers_in_json(app: Client) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": {"enum": ["ab"]}}}
+    got = await app.post(PATH, {**BODY, "response_format": form, "max_tokens": 40})
+    assert json.loads(got.json()["choices"][0]["message"]["content"]) == "ab"

@@ -210,15 +210,6 @@ async def test_ten_megabytes_of_prompt_are_refused_quickly(app: Client) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 1}),
-        ("min_tokens", 3),
-        ("prompt_logprobs", 1),
-        ("response_format", {"type": "json_object"}),
-        ("guided_regex", "a+"),
-        ("structured_outputs", {"regex": "a"}),
         ("suffix", "end"),
         ("best_of", 2),
         ("use_beam_search", True),
@@ -232,3 +223,83 @@ async def test_what_is_not_supported_is_refused_by_name(app: Client, name: str, 
     assert got.json()["error"]["param"] == name
     assert got.json()["error"]["code"] == "unsupported_parameter"
     assert (await app.post(PATH, {"prompt": "a", name: None})).status_code in (200, 400)
+
+
+async def test_rules_are_honoured(app: Client) -> None:
+    plain = {"prompt": "hello", "temperature": 0, "max_tokens": 6, "return_token_ids": True}
+    ids = (await app.post(PATH, plain)).json()["choices"][0]["token_ids"]
+    banned = {"logit_bias": {str(ids[0]): -100}, "min_tokens": 6, "ignore_eos": True}
+    other = (await app.post(PATH, {**plain, **banned})).json()["choices"][0]["token_ids"]
+    assert ids[0] not in other
+    assert len(other) == 6
+    allowed = {**plain, "allowed_token_ids": [5], "min_tokens": 6}
+    assert (await app.post(PATH, allowed)).json()["choices"][0]["token_ids"] == [5] * 6
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert (await app.post(PATH, {**plain, name: 1.5})).status_code == 200
+        got = await app.post(PATH, {**plain, name: 3})
+        assert got.status_code == 400
+        assert got.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["ab"]}}}},
+        {"guided_regex": '"ab"'},
+        {"guided_choice": ['"ab"']},
+        {"structured_outputs": {"regex": '"ab"'}},
+    ],
+)
+async def test_the_text_has_the_form_that_was_asked(app: Client, form: dict[str, Any]) -> None:
+    got = await app.post(PATH, {"prompt": "hello", "max_tokens": 30, "seed": 3, **form})
+    choice = got.json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ('"ab"', "stop")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("response_format", {"response_format": {"type": "xml"}}),
+        ("response_format", {"response_format": {"type": "json_schema"}}),
+        ("structured_outputs", {"structured_outputs": {"shape": "round"}}),
+        ("structured_outputs", {"guided_regex": "a", "structured_outputs": {"regex": "a"}}),
+        ("guided_regex", {"guided_regex": ""}),
+        ("logit_bias", {"logit_bias": {"x": 1}}),
+    ],
+)
+async def test_a_bad_form_is_refused_by_name(app: Client, name: str, form: dict[str, Any]) -> None:
+    got = await app.post(PATH, {"prompt": "a", **form})
+    assert got.status_code == 400
+    assert got.json()["error"]["param"] == name
+
+
+async def test_forms_that_cannot_be_compiled_are_refused(app: Client) -> None:
+    for form in ({"guided_regex": "("}, {"guided_grammar": "x"}, {"guided_json": {"type": "?"}}):
+        got = await app.post(PATH, {"prompt": "a", **form})
+        assert got.status_code == 400, form
+
+
+async def test_echo_with_logprobs_tells_of_the_prompt_as_evaluations_ask(app: Client) -> None:
+    body = {"prompt": "hello world", "temperature": 0, "max_tokens": 2, "return_token_ids": True}
+    got = await app.post(PATH, {**body, "echo": True, "logprobs": 2})
+    choice = got.json()["choices"][0]
+    told, ids = choice["logprobs"], choice["prompt_token_ids"] + choice["token_ids"]
+    assert choice["text"].startswith("hello world")
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(ids)
+    assert told["token_logprobs"][0] is None
+    assert told["top_logprobs"][0] is None
+    assert all(value < 0 for value in told["token_logprobs"][1:])
+    assert all(1 <= len(top) <= 3 for top in told["top_logprobs"][1:])  # some read the same
+    # Continuing the first part of the prompt by one token knows the same of what comes next.
+    cut = len(choice["prompt_token_ids"]) - 1
+    again = {"prompt": choice["prompt_token_ids"][:cut], "logprobs": 5, "max_tokens": 1}
+    tops = (await app.post(PATH, {**body, **again})).json()["choices"][0]["logprobs"]
+    best = max(told["top_logprobs"][cut].values())
+    assert best == pytest.approx(max(tops["top_logprobs"][0].values()), abs=1e-5)
+
+
+async def test_prompt_logprobs_have_ranks(app: Client) -> None:
+    body = {"prompt": "hello world", "max_tokens": 1, "prompt_logprobs": 1}
+    told = (await app.post(PATH, body)).json()["choices"][0]["prompt_logprobs"]
+    assert told[0] is None
+    assert all(1 in {entry["rank"] for entry in top.values()} for top in told[1:])

@@ -57,7 +57,7 @@ async def test_stream(app: Client) -> None:
         ({"input": [{"content": "a"}]}, "role"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
+        ({"text": {"format": {"type": "xml"}}}, "response_format"),
         ({"max_output_tokens": 1000}, "max_output_tokens"),
         ({"background": True}, "background"),
         ({"prompt": {"id": "x"}}, "prompt"),
@@ -69,3 +69,10 @@ async def test_refusals(app: Client, change: dict[str, Any], says: str) -> None:
     got = await app.post(PATH, {**BODY, **change})
     assert got.status_code == 400, got.text
     assert says in got.json()["error"]["message"]
+
+
+async def test_text_in_the_form_that_was_asked(app: Client) -> None:
+    form = {"type": "json_schema", "name": "word", "schema": {"enum": ["ab"]}}
+    got = (await app.post(PATH, {**BODY, "text": {"format": form}, "max_output_tokens": 30})).json()
+    assert got["status"] == "completed"
+    assert got["output"][0]["content"][0]["text"] == '"ab"'

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from qoq import __version__
-from qoq.server import chat, completions, models, responses, tokenize
+from qoq.server import chat, completions, models, page, responses, tokenize
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.context import Context
 from qoq.server.errors import add_handlers
@@ -51,6 +51,7 @@ def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
     add_handlers(app)
     for module in (completions, chat, responses, tokenize, models):
         app.include_router(module.routes(context))
+    app.include_router(page.routes())
     _add_middleware(app, settings)
     return app
 

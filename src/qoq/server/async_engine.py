@@ -261,6 +261,8 @@ def _delta(ticket: Ticket, text: str, now: float) -> Delta:
         text=text,
         token_ids=tuple(request.ids[len(request.prompt_ids) + start :]),
         logprobs=tuple(request.logprobs[start:]),
+        likeliest=tuple(request.top_logprobs[start:]),
+        prompt=() if start else tuple(request.prompt_logprobs),
         finish_reason=request.finish_reason,
         cached_tokens=request.num_cached_prompt_tokens,
         admitted_at=request.admitted_at,

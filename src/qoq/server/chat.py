@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from qoq.server.context import Context, Texts, answers, begin, note, request_id
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
+from qoq.server.logprobs import best
 from qoq.server.protocol import ChatRequest
 from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, EventStream, event
@@ -73,6 +74,7 @@ class _Job:
             context.model.sampling,
             max_tokens=context.prompts.room(ids, asked, field),
             vocab=context.prompts.vocab_size,
+            logprobs=body.top_logprobs or None,
         )
         made = "chatcmpl-" + request_id(request)
         texts: Texts = [(ids, p) for p in params]
@@ -118,7 +120,8 @@ class _Job:
     def _choice(self, index: int, content: dict[str, Any], delta: Delta) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs and delta.token_ids:
-            logprobs = self.context.logprobs.chat(delta.token_ids, delta.logprobs)
+            tops = best(delta.likeliest, self.body.top_logprobs or 0)
+            logprobs = self.context.logprobs.chat(delta.token_ids, delta.logprobs, tops)
         choice: dict[str, Any] = {
             "index": index,
             **content,

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from qoq.server.context import Context, Texts, answers, begin, note, request_id
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
+from qoq.server.logprobs import best
 from qoq.server.protocol import CompletionRequest
 from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, EventStream, event
@@ -57,13 +58,10 @@ class _Job:
         name = context.check_model(body.model)
         check_logprobs(body.logprobs, "logprobs")
         check_logprobs(body.prompt_logprobs, "prompt_logprobs")
-        # With echo, logprobs are asked for the prompt too; above 0, for other tokens than the one.
-        wants_prompt = body.logprobs if body.echo else None
-        refuse_unsupported(
-            body,
-            prompt_logprobs=wants_prompt if body.prompt_logprobs is None else body.prompt_logprobs,
-            top_logprobs=body.logprobs,
-        )
+        # With echo, logprobs are asked for the prompt too, whose tokens are then part of the text.
+        asked_of_prompt = [body.prompt_logprobs, body.logprobs if body.echo else None]
+        of_prompt = max((count for count in asked_of_prompt if count is not None), default=None)
+        refuse_unsupported(body, prompt_logprobs=None)
         prompts: list[list[int]] = []
         shown: list[str] = []
         texts: Texts = []
@@ -76,6 +74,8 @@ class _Job:
                 context.model.sampling,
                 max_tokens=context.prompts.room(ids, asked, "max_tokens"),
                 vocab=context.prompts.vocab_size,
+                logprobs=body.logprobs or None,
+                prompt_logprobs=of_prompt,
             )
             texts += [(ids, p) for p in params]
             prompts.append(ids)
@@ -126,9 +126,7 @@ class _Job:
     def _choice(self, index: int, delta: Delta, echo: str, offset: int) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
-            logprobs = self.context.logprobs.completion(
-                delta.token_ids, delta.logprobs, offset + len(echo)
-            )
+            logprobs = self._logprobs(index, delta, echo, offset)
         choice: dict[str, Any] = {
             "index": index,
             "text": echo + delta.text,
@@ -136,10 +134,28 @@ class _Job:
             "finish_reason": delta.finish_reason,
             "stop_reason": None,
         }
+        if self.body.prompt_logprobs is not None and delta.prompt:
+            choice["prompt_logprobs"] = self.context.logprobs.ranked(delta.prompt)
         if self.body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
             choice["prompt_token_ids"] = self.prompts[self._prompt(index)]
         return choice
+
+    def _logprobs(self, index: int, delta: Delta, echo: str, offset: int) -> dict[str, Any]:
+        """Of the new tokens; before a text's first, of its prompt's where it is echoed."""
+        count = self.body.logprobs or 0
+        ids, values = list(delta.token_ids), list[float | None](delta.logprobs)
+        tops = best(delta.likeliest, count) or [{} for _ in ids]
+        if self.body.echo and delta.prompt:
+            prompt = self.prompts[self._prompt(index)]
+            own = [
+                None if top is None else top[i].logprob
+                for i, top in zip(prompt, delta.prompt, strict=True)
+            ]
+            ids, values, tops = prompt + ids, own + values, best(delta.prompt, count) + tops
+        else:
+            offset += len(echo)
+        return self.context.logprobs.completion(ids, values, offset, tops)
 
     def _prompt(self, index: int) -> int:
         """Which prompt text number ``index`` continues."""

@@ -5,13 +5,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from qoq.engine.request import FinishReason, Request, SamplingParams
+from qoq.engine.request import FinishReason, Logprob, Request, SamplingParams
 from qoq.server.errors import timed_out
 
 
 @dataclass(frozen=True)
 class Delta:
     """What is new of one text: ids, their logprobs and the text they made certain.
+
+    ``likeliest`` and ``prompt`` are there where they were asked for: for each new id, and with the
+    first for each of the prompt's (None for its first), itself and the likeliest at its place.
 
     ``finish_reason`` is None until the last one; ``cached_tokens`` of the prompt were found in the
     prefix cache. ``admitted_at`` and ``at`` are time.monotonic() of admission and of the step.
@@ -20,6 +23,8 @@ class Delta:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    likeliest: tuple[dict[int, Logprob], ...] = ()
+    prompt: tuple[dict[int, Logprob] | None, ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     admitted_at: float | None = None
@@ -35,6 +40,8 @@ class Delta:
             text="".join(delta.text for delta in deltas),
             token_ids=tuple(i for delta in deltas for i in delta.token_ids),
             logprobs=tuple(p for delta in deltas for p in delta.logprobs),
+            likeliest=tuple(top for delta in deltas for top in delta.likeliest),
+            prompt=tuple(top for delta in deltas for top in delta.prompt),
         )
 
 

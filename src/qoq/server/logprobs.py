@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qoq.engine.request import Logprob
 from qoq.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no -Infinity; clients of other servers know this number for it
@@ -35,7 +36,7 @@ class LogprobWriter:
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Likeliest | None = None
     ) -> dict[str, Any]:
         """``choices[].logprobs`` of chat completions."""
-        tops = likeliest or [{}] * len(ids)
+        tops = likeliest or [{}] * len(ids)  # none were asked for
         return {
             "content": [
                 {
@@ -74,9 +75,32 @@ class LogprobWriter:
             "text_offset": offsets,
         }
 
+    def ranked(self, tops: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, Any] | None]:
+        """``choices[].prompt_logprobs``: id -> logprob, rank and text; None for the first."""
+        return [
+            None
+            if top is None
+            else {
+                str(i): {
+                    "logprob": _finite(told.logprob),
+                    "rank": told.rank,
+                    "decoded_token": self.token(i),
+                }
+                for i, told in top.items()
+            }
+            for top in tops
+        ]
+
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         token = self.token(token_id)
         return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+
+
+def best(tops: Sequence[Mapping[int, Logprob] | None], count: int) -> list[dict[int, float]]:
+    """The ``count`` likeliest at each place, of what the engine tells."""
+    return [
+        {i: told.logprob for i, told in (top or {}).items() if told.rank <= count} for top in tops
+    ]
 
 
 def _ranked(top: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -22,6 +22,7 @@ _ERRORS = logging.getLogger("qoq.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Open to all: what balancers, dashboards and readers of the documentation ask for.
 _OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/")
+_OPEN_FOLDER = "/static/"  # of the page at /
 
 
 class RequestIds:
@@ -91,7 +92,8 @@ class ApiKeys:
     def _locked(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(self._root_path) if self._root_path else scope["path"]
         # Browsers ask for permission (OPTIONS) before they send a key.
-        return scope["method"] != "OPTIONS" and path not in _OPEN_PATHS
+        is_open = path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+        return scope["method"] != "OPTIONS" and not is_open
 
     def _known(self, scope: Scope) -> bool:
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

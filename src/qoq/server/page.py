@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from fastapi import APIRouter, Response
+
 INDEX = "index.html"
 _KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -27,6 +29,20 @@ def page_files() -> dict[str, tuple[bytes, dict[str, str]]]:
             path = "/" if file.name == INDEX else f"/static/{file.name}"
             found[path] = (file.read_bytes(), _headers(_KINDS[file.suffix]))
     return found
+
+
+def routes() -> APIRouter:
+    """GET of every file, read once; open without a key, for they say nothing of the model."""
+    router = APIRouter(include_in_schema=False)
+
+    def serve(path: str, body: bytes, headers: dict[str, str]) -> None:
+        @router.get(path)
+        async def file() -> Response:
+            return Response(body, headers=headers)
+
+    for path, (body, headers) in page_files().items():
+        serve(path, body, headers)
+    return router
 
 
 def _headers(kind: str) -> dict[str, str]:

@@ -60,8 +60,7 @@ class _Job:
     async def make(cls, context: Context, body: ResponsesRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
         name = context.check_model(body.model)
-        form = (body.text or {}).get("format")
-        refuse_unsupported(body, response_format=form)
+        refuse_unsupported(body)
         if body.prompt is not None:
             raise bad_request("Stored prompts are not supported.", param="prompt")
         text = await context.prompts.render(_messages(body))

@@ -7,6 +7,7 @@ from typing import Protocol
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
+from qoq.server.rules import rules
 
 MAX_LOGPROBS = 20
 _INT64 = 1 << 63
@@ -34,10 +35,18 @@ class Ends:
 
 
 def sampling_params(
-    body: Fields, ends: Ends, defaults: Mapping[str, float], *, max_tokens: int, vocab: int
+    body: Fields,
+    ends: Ends,
+    defaults: Mapping[str, float],
+    *,
+    max_tokens: int,
+    vocab: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[SamplingParams]:
     """One SamplingParams for each of the ``n`` texts of ``body``.
 
+    logprobs and prompt_logprobs: how many of the likeliest tokens are told beside each.
     With a seed each text gets its own, in a row. Raises APIError 400 naming the field.
     """
     stop = ends.stop or ()
@@ -51,7 +60,7 @@ def sampling_params(
     # OpenAI's default is 1.0; a model's generation_config.json may say otherwise.
     temperature = _first(body.temperature, defaults.get("temperature"), 1.0)
     seed = _seed(body.seed)
-    count = body.n or 1
+    count, more = body.n or 1, rules(body, defaults)
     try:
         return [
             SamplingParams(
@@ -64,6 +73,9 @@ def sampling_params(
                 stop=stop,
                 stop_token_ids=ids,
                 ignore_eos=ends.ignore_eos,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                **more,
             )
             for i in range(count)
         ]
