@@ -4,6 +4,7 @@ qoq bench kernels --shape llama-3.2-1b --json > benchmarks/results/kernels-NAME.
 qoq bench throughput --shape llama-3.2-1b --json > benchmarks/results/throughput-NAME.json
 qoq bench throughput ... --ablate linear --json > benchmarks/results/throughput-NAME-ablate.json
 python benchmarks/peers/compare.py --home PEERS    (benchmarks/peers/README.md)
+qoq bench crossover --json > benchmarks/results/crossover-NAME.json
 python benchmarks/performance.py
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import performance_attention
+import performance_crossover
 
 from qoq.evaluate.render import fill, grid
 
@@ -110,7 +112,7 @@ def peers() -> str:
 def origins() -> str:
     """The commands, commits and machines of all runs."""
     lines = []
-    for run in read("kernels") + read("peers") + read("throughput"):
+    for run in read("kernels") + read("crossover") + read("peers") + read("throughput"):
         machine = run["hardware"]
         lines.append(
             f"- `{run['command']}`: commit {run['commit']}, {run['date']}, {machine['cores']} "
@@ -133,11 +135,13 @@ def main() -> None:
         "halves": performance_attention.halves(read("throughput")),
         "rms_norm_quant": kernels("rms_norm_quant"),
         "silu_mul_quant": kernels("silu_mul_quant"),
+        "crossover": performance_crossover.table(read("crossover")),
         "throughput": throughput(),
         "peers": peers(),
         "origins": origins(),
     }
     performance_attention.picture(read("kernels"), PICTURE)
+    performance_crossover.pictures(read("crossover"), PICTURE.parent)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
 
 
