@@ -89,6 +89,9 @@ def test_sampling_of_a_line() -> None:
     [
         {"n": 2},
         {"logprobs": 3},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": 3},
+        {"structured_outputs": {"regex": "a"}},
         {"tools": [{}]},
         {"response_format": {"type": "json_object"}},
         {"stream": True},

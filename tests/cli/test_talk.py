@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from helpers.openai_server import Echo, echo_server
-from helpers.verbs import SOURCE, answer, refusal, run
+from helpers.verbs import SOURCE, answer, hear_ctrl_c, refusal, run
 
 
 def test_a_server_is_asked_with_what_is_given() -> None:
@@ -111,6 +111,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=hear_ctrl_c,
             env={**os.environ, "PYTHONPATH": str(SOURCE), "TERM": "dumb"},
         )
         os.close(slave)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ def refusal(*arguments: object, status: int = 1) -> str:
     return result.stderr
 
 
+def hear_ctrl_c() -> None:
+    """For Popen's ``preexec_fn``: tests in the background of a shell ignore SIGINT, and a child
+    would inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def spawn(*arguments: object, **more: Any) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "qoq", *map(str, arguments)],
@@ -45,5 +53,6 @@ def spawn(*arguments: object, **more: Any) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        preexec_fn=hear_ctrl_c,
         **more,
     )

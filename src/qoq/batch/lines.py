@@ -13,8 +13,10 @@ from qoq.errors import RequestError
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Messages = Sequence[Mapping[str, Any]]
 
-# Names of the body that are SamplingParams' own, whichever it has.
-_OWN = {field.name for field in fields(SamplingParams)} - {"max_tokens", "stop"}
+# What SamplingParams can do and answers here cannot tell yet.
+_UNTOLD = {"n", "logprobs", "prompt_logprobs", "structured_outputs"}
+# Names of the body that are SamplingParams' own.
+_OWN = {field.name for field in fields(SamplingParams)} - {"max_tokens", "stop"} - _UNTOLD
 # What changes an answer in ways this program cannot honour here; these values change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -25,10 +27,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
+    "prompt_logprobs": (),
+    "structured_outputs": ({},),
     "suffix": ("",),
 }
 
@@ -93,8 +93,10 @@ def params_of(line: Line, defaults: Mapping[str, Any], context: int) -> Sampling
     if wanted.get("top_k") == -1:  # how many clients say "off"
         wanted["top_k"] = 0
     try:
+        if "logit_bias" in wanted:  # the keys of a JSON object are text
+            wanted["logit_bias"] = {int(i): bias for i, bias in wanted["logit_bias"].items()}
         return SamplingParams(max_tokens=longest, stop=body.get("stop") or (), **wanted)
-    except TypeError as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise RequestError(f"The body has a value of a wrong type: {error}.") from error
 
 
