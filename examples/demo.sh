@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on the bundled model: quantize, judge, look inside, generate.
+# The whole way on the bundled model: quantize, judge, look inside, generate, chat, serve.
 # `make demo` runs it with .venv/bin on the PATH; output goes to demo-out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,3 +31,18 @@ qoq generate "$out" --prompt "It was a dark and stormy night, and" --max-tokens 
 say "One turn of a chat (the model has read only novels)"
 qoq chat "$out" --message "My dear Watson, what do you make of it?" --max-tokens 48 \
   --temperature 0.8 --top-p 0.95 --seed 1
+
+say "Serve it, ask it over HTTP as OpenAI's clients do, and stop it"
+log=demo-out/serve.log
+qoq serve "$out" --port 0 --served-model-name books > "$log" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null || true' EXIT
+until grep -q 'serving on' "$log"; do
+  kill -0 "$server" 2>/dev/null || { cat "$log"; exit 1; }
+  sleep 0.2
+done
+url=$(sed -n 's/.*serving on \(http[^ ]*\).*/\1/p' "$log")
+echo "$url has a page for people, too: qoq serve $out"
+qoq complete books --base-url "$url" --prompt "The ship had been at sea for" --max-tokens 32
+kill -TERM "$server"
+wait "$server"
