@@ -22,7 +22,7 @@ inline F32 first_half(U8 words) { return (F32)((U32)words << 16); }
 inline F32 second_half(U8 words) { return (F32)((U32)words & 0xffff0000u); }
 
 // Everything a thread needs for one block, cut out of its scratch memory.
-struct FloatWork {
+struct FloatWork : InScratch<FloatWork> {
   Places places[2];                                    // of this segment and of the next
   const uint8_t *k_rows[kSegment], *v_rows[kSegment];  // each key's and value's memory
   float* q;       // [rows][dim], times the softmax scale in powers of two
@@ -33,30 +33,11 @@ struct FloatWork {
   float* sums;  // [rows][lanes]
   Partial span, total;
 
-  static int64_t bytes(const Shape& s, int64_t rows) { return cut(nullptr, s, rows, nullptr); }
-  static FloatWork* make(void* memory, const Shape& s, int64_t rows) {
-    FloatWork* w = static_cast<FloatWork*>(memory);
-    cut(static_cast<float*>(memory), s, rows, w);
-    return w;
-  }
-
- private:
-  static int64_t cut(float* base, const Shape& s, int64_t rows, FloatWork* w) {
-    constexpr int64_t kLine = 16;  // floats of a cache line
-    FloatWork none;
-    FloatWork& to = w ? *w : none;
-    int64_t used = (sizeof(FloatWork) + 63) / 64 * kLine;
-    const auto take = [&](int64_t count) {
-      float* at = base + used;
-      used += (count + kLine - 1) / kLine * kLine;
-      return at;
-    };
-    to.q = take(rows * s.dim), to.keys = take(s.dim * kColumn);
-    to.scores = take(rows * kSegment), to.sums = take(rows * s.lanes);
-    to.segment_top = take(rows), to.segment_weight = take(rows);
-    to.span = partial_at(take(s.partial_floats(rows)), rows);
-    to.total = partial_at(take(s.partial_floats(rows)), rows);
-    return used * sizeof(float);
+  void cut(Cutter& from, const Shape& s, int64_t rows) {
+    from.take(q, rows * s.dim), from.take(keys, s.dim * kColumn);
+    from.take(scores, rows * kSegment), from.take(sums, rows * s.lanes);
+    from.take(segment_top, rows), from.take(segment_weight, rows);
+    from.take(span, s, rows), from.take(total, s, rows);
   }
 };
 

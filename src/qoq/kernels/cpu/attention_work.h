@@ -58,8 +58,53 @@ struct Places {
   Run run[kSegment];
 };
 
+// Hands out arrays of one piece of memory, each from a cache line of its own on; without memory it only
+// counts how much they take.
+class Cutter {
+ public:
+  Cutter(void* memory, int64_t used) : base_(static_cast<char*>(memory)) { skip(used); }
+
+  template <class T>
+  void take(T*& array, int64_t count) {
+    array = reinterpret_cast<T*>(base_ + used_);
+    skip(count * (int64_t)sizeof(T));
+  }
+  void take(Partial& partial, const Shape& s, int64_t rows) {
+    float* memory;
+    take(memory, s.partial_floats(rows));
+    partial = partial_at(memory, rows);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  void skip(int64_t bytes) { used_ += round_up(bytes, 64); }
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// A struct W of pointers and of what lies before their arrays; W::cut says what the arrays are.
+template <class W>
+struct InScratch {
+  static int64_t bytes(const Shape& s, int64_t rows) {
+    W none;
+    return none.lay(nullptr, s, rows);
+  }
+  static W* make(void* memory, const Shape& s, int64_t rows) {
+    W* w = static_cast<W*>(memory);
+    w->lay(memory, s, rows);
+    return w;
+  }
+
+ private:
+  int64_t lay(void* memory, const Shape& s, int64_t rows) {
+    Cutter cutter(memory, sizeof(W));
+    static_cast<W*>(this)->cut(cutter, s, rows);
+    return cutter.used();
+  }
+};
+
 // Everything a thread needs for one block, cut out of its scratch memory.
-struct Work {
+struct Work : InScratch<Work> {
   Places places[2];                                    // of this segment and of the next
   const uint8_t *k_rows[kSegment], *v_rows[kSegment];  // codes of each token of the segment
   float k_scale[kSegment], k_offset[kSegment], v_scale[kSegment], v_offset[kSegment];
@@ -76,34 +121,16 @@ struct Work {
   int32_t* tile_sums;       // what tile registers are stored to (attention_products.h)
   Partial span, total;
 
-  static int64_t bytes(const Shape& s, int64_t rows) { return cut(nullptr, s, rows, nullptr); }
-  static Work* make(void* memory, const Shape& s, int64_t rows) {
-    Work* w = static_cast<Work*>(memory);
-    cut(static_cast<char*>(memory), s, rows, w);
-    return w;
-  }
-
- private:
-  static int64_t cut(char* base, const Shape& s, int64_t rows, Work* w) {
-    Work none;
-    Work& to = w ? *w : none;
-    int64_t used = (sizeof(Work) + 63) / 64 * 64;
-    const auto take = [&](auto*& pointer, int64_t count) {
-      pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
-      used += (count * (int64_t)sizeof(*pointer) + 63) / 64 * 64;
-    };
-    take(to.q_scale, rows), take(to.q_sum, rows),
-        take(to.q_bytes, rows_of_digits(rows) * s.q_stride);
-    take(to.k_quads, s.q_stride * kSegment), take(to.scores, rows * kSegment);
-    take(to.p_bytes, rows_of_digits(rows) * kSegment), take(to.p_scale, rows),
-        take(to.p_base, rows);
-    take(to.segment_top, rows), take(to.segment_weight, rows);
-    take(to.v_quads, s.lanes * kSegment), take(to.sums, rows * s.lanes);
-    take(to.tile_sums, kTileSums);
-    float *span, *total;
-    take(span, s.partial_floats(rows)), take(total, s.partial_floats(rows));
-    to.span = partial_at(span, rows), to.total = partial_at(total, rows);
-    return used;
+  void cut(Cutter& from, const Shape& s, int64_t rows) {
+    from.take(q_scale, rows), from.take(q_sum, rows);
+    from.take(q_bytes, rows_of_digits(rows) * s.q_stride);
+    from.take(k_quads, s.q_stride * kSegment), from.take(scores, rows * kSegment);
+    from.take(p_bytes, rows_of_digits(rows) * kSegment);
+    from.take(p_scale, rows), from.take(p_base, rows);
+    from.take(segment_top, rows), from.take(segment_weight, rows);
+    from.take(v_quads, s.lanes * kSegment), from.take(sums, rows * s.lanes);
+    from.take(tile_sums, kTileSums);
+    from.take(span, s, rows), from.take(total, s, rows);
   }
 };
 
