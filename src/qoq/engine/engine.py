@@ -149,19 +149,18 @@ class Engine:
     def step(self) -> list[Update]:
         """One batch through the model: the next token of every request whose prompt is read."""
         plan = self._scheduler.plan()
-        self._step_tokens = sum(chunk.stop - chunk.request.num_cached for chunk in plan.chunks)
+        self._step_tokens = 0
         if not plan.chunks:
             return []
         now = time.monotonic()
-        for chunk in plan.chunks:
-            if chunk.request.admitted_at is None:
-                chunk.request.admitted_at = now
+        for request in plan.admitted:
+            request.admitted_at = request.admitted_at or now  # not anew after a preemption
         self._rows.follow(plan)
         batch = self._rows.batch(plan.chunks)
+        self._step_tokens = batch.num_tokens
         ready = [at for at, chunk in enumerate(plan.chunks) if chunk.stop == len(chunk.request.ids)]
-        reads = [(chunk.request, chunk.stop) for chunk in plan.chunks]
         rows = batch.last_rows[ready]
-        logits = forward(self._decoder, batch, self._pool, rows, reads, backend=self._backend)
+        logits = forward(self._decoder, batch, self._pool, rows, plan.chunks, backend=self._backend)
         self._scheduler.advance(plan.chunks)
         requests = [plan.chunks[at].request for at in ready]
         updates = self._sampler.choose(requests, logits, self._rows.sampling(requests))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qoq.engine.request import Logprob, Request
+from qoq.engine.scheduler import Chunk
 from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch
@@ -85,21 +86,21 @@ def forward(
     batch: Batch,
     pool: KVPool,
     rows: Tensor,
-    reads: Sequence[tuple[Request, int]],
+    chunks: Sequence[Chunk],
     *,
     backend: str = "auto",
 ) -> Tensor:
     """The step's logits fp32 [M, V] at ``rows`` int64 [M]; scores prompts that ask on the way.
 
-    ``reads``: the requests of the batch in order, each with where its reading stops. A prompt of P
-    tokens that asks costs P rows of the head instead of one; every other request costs nothing.
+    ``chunks``: what the batch reads, in order. A prompt of P tokens that asks costs P rows of the
+    head instead of one; every other request costs nothing.
     """
-    if not any(_unscored(request) for request, _ in reads):
+    if not any(_unscored(chunk.request) for chunk in chunks):
         return decoder(batch, pool.layers, rows, backend=backend)
     hidden = decoder.hidden(batch, pool.layers, backend=backend)
     row = 0
-    for request, stop in reads:
-        count = stop - request.num_cached
+    for request, start, stop in chunks:
+        count = stop - start
         if _unscored(request):
             _score(request, decoder, hidden[row : row + count], backend)
         row += count
