@@ -4,7 +4,20 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails instead
 
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("qoq", deadline=None)
 settings.load_profile("qoq")
+
+
+@pytest.fixture
+def three_torch_threads() -> Iterator[None]:
+    """Torch runs on three threads during a test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

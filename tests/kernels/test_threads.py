@@ -1,19 +1,11 @@
 """Torch's threads stand aside, and come back whatever happens."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from qoq.kernels.threads import torch_stands_aside
 
-
-@pytest.fixture(autouse=True)
-def _three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("three_torch_threads")
 
 
 def test_torch_has_one_thread_inside_and_its_own_again_after() -> None:

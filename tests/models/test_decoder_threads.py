@@ -1,6 +1,5 @@
 """A decoder whose linears run on kernels of our own leaves torch one thread."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,7 @@ from qoq.models import decoder
 from qoq.models.batch import Batch
 from qoq.models.rope import cos_sin
 
-
-@pytest.fixture(autouse=True)
-def _three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("three_torch_threads")
 
 
 @pytest.mark.skipif(backend.missing() is not None, reason=str(backend.missing()))

@@ -100,6 +100,7 @@ def test_start_report(model: ServedModel) -> None:
     assert "KV cache: 8,192 tokens" in text
     assert "maximum concurrency for 128 tokens per request: 64.00x" in text
     assert "w16a16" in text
+    assert "CPU kernels: " in text
 
 
 def test_log_lines() -> None:

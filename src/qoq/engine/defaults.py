@@ -8,7 +8,8 @@ from typing import Any
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError, SourceError
 
-# generation_config.json's names and ours.
+GENERATION_CONFIG = "generation_config.json"
+# Its names and ours.
 _NAMES = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -25,15 +26,10 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     ``do_sample: false`` means temperature 0. Raises SourceError for a file that cannot be read or
     holds values that cannot be.
     """
-    file = Path(folder) / "generation_config.json"
+    file = Path(folder) / GENERATION_CONFIG
     if not file.is_file():
         return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} is not a readable JSON object: {error}") from error
-    if not isinstance(raw, dict):
-        raise SourceError(f"{file} is not a JSON object.")
+    raw = read_generation_config(file)
     found = {ours: raw[theirs] for theirs, ours in _NAMES.items() if raw.get(theirs) is not None}
     if raw.get("do_sample") is False:
         found["temperature"] = 0.0
@@ -42,6 +38,17 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     except RequestError as error:
         raise SourceError(f"{file}: {error} Correct or remove the entry.") from error
     return found
+
+
+def read_generation_config(file: Path) -> dict[str, Any]:
+    """The whole file. Raises SourceError where it is no JSON object."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} is not a readable JSON object: {error}") from error
+    if not isinstance(raw, dict):
+        raise SourceError(f"{file} is not a JSON object.")
+    return raw
 
 
 def with_defaults(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:

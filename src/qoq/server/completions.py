@@ -8,16 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from qoq.server.context import Context, Texts, answers, begin, note, request_id
+from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
 from qoq.server.logprobs import best
 from qoq.server.protocol import CompletionRequest
 from qoq.server.sampling import Ends, check_logprobs, sampling_params
-from qoq.server.sse import DONE, Events, EventStream, event
+from qoq.server.sse import DONE, Events, event
 from qoq.server.tally import Tally
 from qoq.server.unsupported import refuse_unsupported
-from qoq.server.wire import JSONAnswer
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -30,10 +29,7 @@ def routes(context: Context) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue each prompt: text, token ids, or a list of either."""
         job = await _Job.make(context, body, request)
-        generation = await begin(context, request, job.texts)
-        if body.stream:
-            return EventStream(job.events(generation), generation, request_id(request))
-        return JSONAnswer(job.answer(await answers(request, generation)))
+        return await respond(context, request, job, stream=body.stream)
 
     return router
 

@@ -1,11 +1,11 @@
 """Context: what the routes share, handed to them when the app is made."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from qoq.engine.request import SamplingParams
 from qoq.server.async_engine import AsyncEngine
@@ -15,6 +15,8 @@ from qoq.server.logprobs import LogprobWriter
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
+from qoq.server.sse import Events, EventStream
+from qoq.server.wire import JSONAnswer
 
 T = TypeVar("T")
 Texts = list[tuple[list[int], SamplingParams]]  # what an HTTP request asks: prompt, parameters
@@ -43,6 +45,28 @@ class Context:
                 code="model_not_found",
             )
         return name
+
+
+class Job(Protocol):
+    """What a route makes of one HTTP request."""
+
+    @property
+    def texts(self) -> Texts:
+        """What the engine is asked."""
+
+    def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
+        """The whole answer."""
+
+    def events(self, generation: Generation) -> Events:
+        """The answer as it grows."""
+
+
+async def respond(context: Context, request: Request, job: Job, *, stream: bool | None) -> Response:
+    """Run a job: its answer whole, or as a stream of events."""
+    generation = await begin(context, request, job.texts)
+    if stream:
+        return EventStream(job.events(generation), generation, request_id(request))
+    return JSONAnswer(job.answer(await answers(request, generation)))
 
 
 async def begin(context: Context, request: Request, texts: Texts) -> Generation:

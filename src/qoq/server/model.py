@@ -1,16 +1,14 @@
 """ServedModel: a checkpoint with all that serving it takes, loaded once at start."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
-
+from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.engine import Engine
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.formats.scheme import QuantScheme
-from qoq.kvcache.pool import KVPool, pages_for_budget, pages_for_tokens
+from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
+from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.config import ModelConfig
 from qoq.models.load import load_model
 from qoq.tokenizer import ChatTemplate, Tokenizer
@@ -57,7 +55,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_memory_bytes: int | None = None
-    kv_memory_fraction: float = 0.8
+    kv_memory_fraction: float = MEMORY_FRACTION
     generation_config: str = "auto"
     chat_template: str | None = None
     backend: str = "auto"
@@ -120,26 +118,19 @@ def _check(options: EngineOptions) -> None:
 
 def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:
     """As many pages as were asked for; else as many as can be used and fit free memory."""
-    shape = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    shape = PoolShape(scheme.kv, config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
     if options.kv_memory_bytes is not None:
-        pages = pages_for_budget(options.kv_memory_bytes, scheme.kv, *shape)
+        pages = options.kv_memory_bytes // shape.page_bytes
     else:
-        free = int(psutil.virtual_memory().available * options.kv_memory_fraction)
+        free = int(memory_at_hand() * options.kv_memory_fraction)
         useful = options.max_num_seqs * pages_for_tokens(length, PAGE_SIZE)
-        pages = min(useful, pages_for_budget(free, scheme.kv, *shape))
+        pages = min(useful, free // shape.page_bytes)
     if pages < pages_for_tokens(length, PAGE_SIZE):
         raise ResourceError(
             f"The KV cache holds {pages * PAGE_SIZE} tokens, one request may need {length}. Lower "
             "--max-model-len or give more with --kv-cache-memory-bytes."
         )
-    return KVPool(
-        scheme.kv,
-        num_layers=config.num_layers,
-        num_pages=pages,
-        num_kv_heads=config.num_kv_heads,
-        page_size=PAGE_SIZE,
-        head_dim=config.head_dim,
-    )
+    return shape.pool(pages)
 
 
 def _template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
@@ -154,17 +145,12 @@ def sampling_defaults(folder: Path, choice: str) -> dict[str, float]:
     """temperature, top_p, ... of a folder's generation_config.json, where it has them."""
     if choice == "vllm":
         return {}
-    file = (folder if choice == "auto" else Path(choice)) / "generation_config.json"
+    file = (folder if choice == "auto" else Path(choice)) / GENERATION_CONFIG
     if not file.is_file():
         if choice == "auto":
             return {}
         raise SourceError(f"--generation-config: there is no {file}.")
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} is not a readable JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise SourceError(f"{file} is not a JSON object.")
+    values = read_generation_config(file)
     found = {name: values[name] for name in _DEFAULTS if values.get(name) is not None}
     wrong = [n for n, v in found.items() if isinstance(v, bool) or not isinstance(v, int | float)]
     if wrong:

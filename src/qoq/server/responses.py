@@ -11,15 +11,14 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from qoq.engine.request import SamplingParams
-from qoq.server.context import Context, Texts, answers, begin, note, request_id
+from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
 from qoq.server.protocol import Message, ResponsesRequest
 from qoq.server.sampling import Ends, sampling_params
-from qoq.server.sse import Events, EventStream, event
+from qoq.server.sse import Events, event
 from qoq.server.tally import Tally
 from qoq.server.unsupported import refuse_unsupported
-from qoq.server.wire import JSONAnswer
 
 
 def routes(context: Context) -> APIRouter:
@@ -30,11 +29,7 @@ def routes(context: Context) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input: text, or a list of messages."""
         job = await _Job.make(context, body, request)
-        generation = await begin(context, request, job.texts)
-        if body.stream:
-            return EventStream(job.events(generation), generation, request_id(request))
-        [text] = await answers(request, generation)
-        return JSONAnswer(job.finished(text))
+        return await respond(context, request, job, stream=body.stream)
 
     return router
 
@@ -71,8 +66,9 @@ class _Job:
         )
         return cls(body, request, name, ids, params, request_id(request), int(time.time()))
 
-    def finished(self, text: Delta) -> dict[str, Any]:
+    def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
         """The response object at its end."""
+        [text] = texts
         tally = Tally([self.prompt])
         tally.add(0, text)
         note(self.request, model=self.name, **tally.counts())
@@ -109,7 +105,7 @@ class _Job:
             if delta.text:
                 yield say("response.output_text.delta", **place, delta=delta.text, logprobs=[])
         whole = Delta.joined(parts)
-        final = self.finished(whole)
+        final = self.answer([whole])
         yield say("response.output_text.done", **place, text=whole.text, logprobs=[])
         yield say("response.content_part.done", **place, part=_part(whole.text))
         yield say("response.output_item.done", output_index=0, item=final["output"][0])
