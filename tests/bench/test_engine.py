@@ -57,6 +57,8 @@ def test_no_bit_depends_on_the_batch(packed: Path, backend: str) -> None:
     assert all(trial.comparisons == len(LENGTHS) for trial in trials.values())
     assert trials["warm prefix cache"].cached_tokens == 32 + 288
     assert trials["thrown out at random"].preemptions > 0
+    guessed = trials["guesses, right and wrong"]
+    assert 0 < guessed.accepted_tokens < guessed.draft_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +97,10 @@ def test_a_leak_is_seen(packed: Path) -> None:
 def test_the_invariance_verb(packed: Path) -> None:
     options: list[Any] = ["--backend", "oracle", "--batches", "2", "--chunks", "100"]
     facts = answer("bench", "invariance", packed, *options)
-    assert facts["trials"][-1]["preemptions"] > 0  # a cache too small
+    assert facts["trials"][-2]["preemptions"] > 0  # a cache too small
+    assert facts["trials"][-1]["accepted_tokens"] > 0
     assert facts["mismatches"] == 0
-    assert facts["comparisons"] == sum(t["comparisons"] for t in facts["trials"]) == 5 * 6
+    assert facts["comparisons"] == sum(t["comparisons"] for t in facts["trials"]) == 6 * 6
 
 
 def test_the_engine_verb_and_its_rows() -> None:
