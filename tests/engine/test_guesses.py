@@ -1,7 +1,6 @@
 """Guesses in the engine, right and wrong: no bit of any answer changes."""
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,19 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.packed import random_packed_tensors
+from helpers.packed import write_random_packed
 from helpers.stub_decoder import StubDecoder, stub_engine
-from helpers.tiny import EOS, write_byte_tokenizer, write_tiny_llama
+from helpers.tiny import EOS, write_byte_tokenizer
 from qoq import LLM, SamplingParams
-from qoq.checkpoint.manifest import make_manifest
-from qoq.checkpoint.writer import CheckpointWriter, companion_files
 from qoq.engine.engine import Engine
 from qoq.engine.request import Output, Request
 from qoq.engine.speculative import LookupGuesser, SpeculativeConfig
 from qoq.engine.structured_params import StructuredOutputsParams
-from qoq.formats.scheme import QuantScheme
 from qoq.kernels.cpu import backend as cpu
-from qoq.models.config import ModelConfig
 from qoq.tokenizer import Tokenizer
 
 needs_cpu = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
@@ -257,19 +252,7 @@ def test_no_more_is_guessed_than_may_still_be_written(echo: Echo) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed checkpoint of random codes with a context of 512."""
-    base = tmp_path_factory.mktemp("packed")
-    write_tiny_llama(base / "source")
-    raw = json.loads((base / "source" / "config.json").read_text())
-    raw["max_position_embeddings"] = 512
-    scheme = QuantScheme.parse("w4a8kv4-g32")
-    writer = CheckpointWriter(base / "out")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        tensors = random_packed_tensors(ModelConfig.from_hf(raw), scheme)
-    tensors["model.norm.weight"] *= 0.05  # or every likeliest token has probability 1
-    writer.write_shard("model.safetensors", tensors)
-    return writer.finish(raw, make_manifest(scheme), companion_files(base / "source"))
+    return write_random_packed(tmp_path_factory.mktemp("packed"))
 
 
 PROMPTS = ["hello world, hello world, hello", "abcabcabc", "t", "the well told the hat " * 6]
