@@ -9,6 +9,7 @@ import typer
 from helpers.verbs import refusal, run
 from qoq.cli import serve as module
 from qoq.cli.serve_command import count, read_config, several, spread
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError
 from qoq.server import model as served
 from qoq.server import run as running
@@ -100,6 +101,24 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
     assert options.max_model_len == 8000
     refusal("serve", "M", f"--config={file}")
     assert asked["model"] == "M"
+
+
+def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
+    wanted = SpeculativeConfig(4, prompt_lookup_max=5)
+    given = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5}'
+    refusal("serve", "M", "--speculative_config", given)
+    assert asked["options"].speculative == wanted
+    file = tmp_path / "serve.yaml"
+    file.write_text("speculative-config:\n  num_speculative_tokens: 4\n  prompt_lookup_max: 5\n")
+    refusal("serve", "M", "--config", file)
+    assert asked["options"].speculative == wanted
+    refusal("serve", "M")
+    assert asked["options"].speculative is None
+    assert "no 'modle'" in refusal(
+        "serve", "M", "--speculative-config", given[:-1] + ', "modle": 1}'
+    )
+    for bad in ("{", "3", "[4]"):
+        assert "JSON" in run("serve", "M", "--speculative-config", bad, status=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import serving
+from qoq.engine.choices import choices
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.server.logs import JsonFormatter, TextFormatter
 from qoq.server.model import ServedModel, sampling_defaults
@@ -64,7 +67,8 @@ def test_requests_win_over_defaults() -> None:
 
     defaults = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
     two = sampling_params(Body(), Ends(stop="a"), defaults, max_tokens=3, vocab=10)
-    assert [p.seed for p in two] == [7, 8]
+    assert two == choices(replace(two[0], n=2))
+    assert two[0].seed == 7
     assert (two[0].temperature, two[0].top_k, two[0].top_p) == (0.7, 10, 0.9)
     body = Body()
     body.temperature, body.top_k, body.n = 0, -1, None
@@ -101,6 +105,11 @@ def test_start_report(model: ServedModel) -> None:
     assert "maximum concurrency for 128 tokens per request: 64.00x" in text
     assert "w16a16" in text
     assert "CPU kernels: " in text
+    assert "speculative decoding: off" in text
+    report = start_report(replace(model, speculative=SpeculativeConfig(4)))
+    assert json.loads(json.dumps(report)) == report
+    assert report["speculative_config"]["num_speculative_tokens"] == 4
+    assert "speculative decoding: up to 4 tokens" in "\n".join(report_lines(report))
 
 
 def test_log_lines() -> None:

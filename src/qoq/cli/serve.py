@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, mapping
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -87,6 +87,12 @@ def serve(
     chat_template_timeout: Annotated[
         float, typer.Option(help="Seconds one rendering may take.", rich_help_panel=_ENGINE)
     ] = 5.0,
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=mapping, metavar="JSON", help=SPECULATIVE_HELP, rich_help_panel=_ENGINE
+        ),
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -158,6 +164,7 @@ def serve(
 
         qoq serve OUT --served-model-name books --api-key secret --shutdown-timeout 30
     """
+    from qoq.engine.speculative import SpeculativeConfig
     from qoq.server.app import create_app
     from qoq.server.model import EngineOptions, load_served_model
     from qoq.server.report import announce
@@ -187,6 +194,7 @@ def serve(
         kv_memory_fraction=kv_cache_memory_fraction,
         generation_config=generation_config,
         chat_template=_template(chat_template),
+        speculative=SpeculativeConfig.of(speculative_config),
         backend=backend,
     )
     transport = Transport(

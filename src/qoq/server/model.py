@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.engine import Engine
+from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
@@ -19,7 +20,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An engine and what its clients must know of it.
+    """An engine and what its clients must know of it; ``speculative`` is None: no guesses.
 
     max_model_len bounds prompt and new tokens together; sampling are the defaults of requests that
     say nothing; template is None for models without one.
@@ -35,6 +36,7 @@ class ServedModel:
     max_model_len: int
     max_num_seqs: int
     sampling: dict[str, float]
+    speculative: SpeculativeConfig | None = None
     backend: str = "auto"
 
     @property
@@ -58,6 +60,7 @@ class EngineOptions:
     kv_memory_fraction: float = MEMORY_FRACTION
     generation_config: str = "auto"
     chat_template: str | None = None
+    speculative: SpeculativeConfig | None = None
     backend: str = "auto"
 
 
@@ -82,6 +85,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         eos_ids=tokenizer.eos_ids or loaded.config.eos_token_ids,
         max_requests=options.max_num_seqs,
         max_step_tokens=options.max_num_batched_tokens,
+        guess=guesser(options.speculative),
         backend=options.backend,
     )
     return ServedModel(
@@ -95,6 +99,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
         sampling=sampling_defaults(loaded.path, options.generation_config),
+        speculative=options.speculative,
         backend=options.backend,
     )
 
