@@ -12,6 +12,10 @@ from qoq.tools.reader import TextReader
 from qoq.tools.request import ToolPlan, plan_tools
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+FRAGMENTS = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"),
+    *("a", " ", "{", "}", "[", "]", '"', ":", '{"name": "f", "parameters": {}}', "<", "f"),
+]
 TWO = 'Hm.<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call> Done.'
 
 
@@ -62,10 +66,7 @@ def test_special_tokens_are_never_content(name: str, text: str, content: str) ->
 @given(
     name=st.sampled_from(sorted(PARSERS)),
     parts=st.lists(
-        st.sampled_from(
-            ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
-            + ["a", " ", "{", "}", "[", "]", '"', ":", '{"name": "f", "parameters": {}}', "<", "f"]
-        ),
+        st.sampled_from(FRAGMENTS),
         max_size=10,
     ),
     cuts=st.lists(st.integers(0, 120), max_size=8),

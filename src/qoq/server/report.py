@@ -34,6 +34,8 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "max_num_seqs": engine.max_requests,
         "sampling_defaults": model.sampling,
         "chat_template": model.template is not None,
+        "tool_call_parser": model.tools.parser,
+        "auto_tool_choice": model.tools.auto,
     }
 
 
@@ -51,6 +53,8 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
         f"requests at a time: {facts['max_num_seqs']}",
         f"sampling defaults: {facts['sampling_defaults'] or 'none'}",
         f"chat template: {'yes' if facts['chat_template'] else 'none'}",
+        f"tool calls: parser {facts['tool_call_parser'] or 'none'}, "
+        f"automatic tool choice {'on' if facts['auto_tool_choice'] else 'off'}",
     ]
 
 

@@ -1,8 +1,8 @@
 """Forms in which a model may answer in words or call, for structured output.
 
 A function that is marked ``strict`` is called with arguments that obey its schema, also where the
-model itself decides whether to call. So each family's way of writing calls is given as a form of the
-whole text: free up to a call's beginning, then one of the functions with its schema. Calls are
+model itself decides whether to call. So each family's way of writing calls is given as a form of
+the whole text: free up to a call's beginning, then one of the functions with its schema. Calls are
 written in one spelling, the one that the family's own templates show.
 """
 
