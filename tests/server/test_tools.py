@@ -168,9 +168,9 @@ async def test_logprobs_are_those_of_all_tokens(app: Client) -> None:
     assert len(told) == len(got["token_ids"])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_a_call_that_is_required(app: Client, seed: int) -> None:
-    body = {"tool_choice": "required", "temperature": 1.0, "seed": seed, "max_tokens": 600}
+    body = {"tool_choice": "required", "temperature": 1.0, "seed": seed, "max_tokens": 200}
     [choice] = (await ask(app, **body))["choices"]
     assert choice["message"]["content"] is None
     calls = calls_of(choice["message"])

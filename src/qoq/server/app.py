@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from qoq import __version__
-from qoq.openai.logprobs import LogprobWriter
+from qoq.api.logprobs import LogprobWriter
 from qoq.server import chat, completions, models, page, responses, tokenize
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.context import Context

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.logprobs import best
 from qoq.errors import RequestError
-from qoq.openai.calling import ToolCalling, blame_tools
-from qoq.openai.logprobs import best
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation

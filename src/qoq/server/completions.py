@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from qoq.openai.logprobs import best
+from qoq.api.logprobs import best
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation

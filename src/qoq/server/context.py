@@ -7,8 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 
+from qoq.api.logprobs import LogprobWriter
 from qoq.engine.request import SamplingParams
-from qoq.openai.logprobs import LogprobWriter
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.errors import CLIENT_GONE, APIError
 from qoq.server.generation import Delta, Generation

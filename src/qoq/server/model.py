@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qoq.api.calling import ToolCalling
 from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.engine import Engine
 from qoq.errors import RequestError, ResourceError, SourceError
@@ -11,7 +12,6 @@ from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.config import ModelConfig
 from qoq.models.load import load_model
-from qoq.openai.calling import ToolCalling
 from qoq.tokenizer import ChatTemplate, Tokenizer
 
 PAGE_SIZE = 64

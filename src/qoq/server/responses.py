@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from qoq.api.calling import ToolCalling, blame_tools
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError
-from qoq.openai.calling import ToolCalling, blame_tools
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation

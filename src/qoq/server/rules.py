@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qoq.openai.forms import requested_form
+from qoq.api.forms import requested_form
 from qoq.server.errors import bad_request
 
 
