@@ -47,9 +47,7 @@ class ToolCalling:
         parser: a name in PARSERS, or "auto": as the template shows. ``auto`` None: where there is a
         parser. Raises RequestError for an unknown parser, and for ``auto`` without one.
         """
-        if parser not in (AUTO, *PARSERS):
-            known = ", ".join(PARSERS)
-            raise RequestError(f"There is no tool call parser {parser!r}; there are auto, {known}.")
+        check_parser(parser)
         name = choose_parser(template, model_type) if parser == AUTO else parser
         if auto and name is None:
             raise RequestError(
@@ -140,6 +138,13 @@ class ToolCalling:
         else:
             call["function"] = {"arguments": event.text}
         return {"tool_calls": [call]}
+
+
+def check_parser(name: str) -> None:
+    """Raise RequestError for what ``ToolCalling.of_model`` does not know."""
+    if name not in (AUTO, *PARSERS):
+        known = ", ".join(PARSERS)
+        raise RequestError(f"There is no tool call parser {name!r}; there are auto, {known}.")
 
 
 def blame_tools(error: RequestError, plan: ToolPlan) -> RequestError:

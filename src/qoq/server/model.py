@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qoq.api.calling import ToolCalling
+from qoq.api.calling import ToolCalling, check_parser
 from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.engine import Engine
 from qoq.errors import RequestError, ResourceError, SourceError
@@ -131,6 +131,7 @@ def _check(options: EngineOptions) -> None:
             f"kv_cache_memory_fraction must be above 0 and at most 1, not "
             f"{options.kv_memory_fraction}."
         )
+    check_parser(options.tool_call_parser)
 
 
 def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:

@@ -219,6 +219,7 @@ class ResponsesRequest(Body):
     include: list[str] | None = None
     prompt: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
