@@ -62,7 +62,14 @@ class KVCacheFullError(QoqError):
 
 
 class RequestError(QoqError):
-    """A generation request that cannot be honoured: too long, bad sampling parameters, ..."""
+    """A generation request that cannot be honoured: too long, bad sampling parameters, ...
+
+    ``param``: the field of the request that it is about, where there is one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ServerError(QoqError):

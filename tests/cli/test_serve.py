@@ -87,6 +87,20 @@ def test_dashes_and_underscores(asked: dict[str, Any]) -> None:
         assert asked["options"].kv_memory_bytes == 1 << 30
 
 
+def test_tools(asked: dict[str, Any], tmp_path: Path) -> None:
+    def options(*line: str) -> tuple[str, bool | None]:
+        refusal("serve", "M", *line)
+        return asked["options"].tool_call_parser, asked["options"].enable_auto_tool_choice
+
+    assert options() == ("auto", None)
+    line = ("--tool-call-parser", "hermes", "--enable_auto_tool_choice")
+    assert options(*line) == ("hermes", True)
+    assert options("--no-enable-auto-tool-choice") == ("auto", False)
+    file = tmp_path / "serve.yaml"
+    file.write_text("tool-call-parser: mistral\nenable-auto-tool-choice: true\n")
+    assert options("--config", str(file)) == ("mistral", True)
+
+
 def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(

@@ -34,6 +34,8 @@ def test_cache_is_what_was_asked_for(folder: Path, model: ServedModel) -> None:
         {"max_model_len": -1},
         {"kv_memory_fraction": 0.0},
         {"kv_memory_bytes": 0},
+        {"tool_call_parser": "nonsense"},
+        {"enable_auto_tool_choice": True},  # this template shows no calls
     ]
     for options in bad:
         with pytest.raises(RequestError):
@@ -96,7 +98,7 @@ def test_settings_that_let_nothing_through(wrong: dict[str, Any]) -> None:
         ServerSettings(**{"served_model_names": ("a",), **wrong})
 
 
-def test_start_report(model: ServedModel) -> None:
+def test_start_report(model: ServedModel, caller: ServedModel) -> None:
     report = start_report(model)
     assert json.loads(json.dumps(report)) == report
     assert {"act_quant", "linear", "attention", "sample"} <= set(report["ops"])
@@ -110,6 +112,9 @@ def test_start_report(model: ServedModel) -> None:
     assert json.loads(json.dumps(report)) == report
     assert report["speculative_config"]["num_speculative_tokens"] == 4
     assert "speculative decoding: up to 4 tokens" in "\n".join(report_lines(report))
+    assert "tool calls: parser none, automatic tool choice off" in text
+    report = start_report(caller)
+    assert (report["tool_call_parser"], report["auto_tool_choice"]) == ("hermes", True)
 
 
 def test_log_lines() -> None:

@@ -93,6 +93,30 @@ def serve(
             parser=mapping, metavar="JSON", help=SPECULATIVE_HELP, rich_help_panel=_ENGINE
         ),
     ] = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--trust-request-chat-template",
+            help="Let requests bring chat templates of their own.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes calls of tools: hermes, llama3_json, mistral, or auto, as "
+            "its chat template shows.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    enable_auto_tool_choice: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
+            hidden=True,  # its two names would squeeze the table; the text above has it
+        ),
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -156,7 +180,8 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients speak it; see /docs on the running server.
 
     Option names are vLLM's; dashes and underscores are the same, and options that take several
-    values take them in a row.
+    values take them in a row. Where it is known how a model writes calls of tools, it may decide by
+    itself to call them, unless --no-enable-auto-tool-choice is given.
 
     Examples:
 
@@ -179,6 +204,7 @@ def serve(
         request_timeout=request_timeout,
         body_timeout=body_timeout,
         template_timeout=chat_template_timeout,
+        trust_request_chat_template=trust_request_chat_template,
         shutdown_timeout=shutdown_timeout,
         root_path=root_path,
         allowed_origins=several(allowed_origins, ()),
@@ -195,6 +221,8 @@ def serve(
         generation_config=generation_config,
         chat_template=_template(chat_template),
         speculative=SpeculativeConfig.of(speculative_config),
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
         backend=backend,
     )
     transport = Transport(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qoq.engine import structural_tag
 from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError
 from qoq.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class Grammars:
             )
         guidance = self._guidance
         try:
-            grammar = _grammar(kind, text, guidance)
+            grammar = self._grammar(kind, text)
         except Exception as error:  # its converters raise what they like
             raise RequestError(_complaint(kind, str(error))) from error
         limits = guidance.LLParserLimits(**_LIMITS, verbose_errors=False)
@@ -97,7 +98,20 @@ class Grammars:
         known = max(vocab_size, len(tokenizer))
         self._eos_ids = tokenizer.eos_ids
         eos = list(tokenizer.eos_ids) or None
-        return self._guidance.LLTokenizer(_without_padding(state), n_vocab=known, eos_token=eos)
+        made = self._guidance.LLTokenizer(_without_padding(state), n_vocab=known, eos_token=eos)
+        added = tokenizer.hf.added_tokens_decoder
+        special = {str(token.content): i for i, token in added.items() if made.is_special_token(i)}
+        self._special = special
+        # What llguidance takes for special by its looks, and the tokenizer for text (<think>).
+        self._free = [i for i in special.values() if i not in tokenizer.special_ids]
+        return made
+
+    def _grammar(self, kind: str, text: str) -> str:
+        """A structure in llguidance's own notation."""
+        if kind == "structural_tag":
+            tag = json.loads(text)
+            return structural_tag.lark(tag, self._special, self._free, _WHITESPACE)
+        return _grammar(kind, text, self._guidance)
 
 
 class StructureMatcher:

@@ -13,19 +13,19 @@ _MAX_CHARACTERS = 64 << 20  # of a rendered prompt
 
 
 def main() -> None:
-    """The first line holds the template; each further one a conversation. Ends with its input."""
+    """Each line holds a template and a conversation. Ends with its input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    template = ChatTemplate.from_json(json.loads(sys.stdin.readline()))
     # Import what renders, but not yet with the model's template: its constants are computed when it
     # is compiled, so that too must fall under the limits of a request.
     ChatTemplate("", {}).render([{}])
     _limit_memory()
     _write({"text": "ready"})
     for line in sys.stdin:
-        _write(_render(template, json.loads(line)))
+        _write(_render(json.loads(line)))
 
 
-def _render(template: ChatTemplate, asked: dict[str, Any]) -> dict[str, str]:
+def _render(asked: dict[str, Any]) -> dict[str, str]:
+    template = ChatTemplate.from_json(asked["template"])
     try:
         text = template.render(asked["messages"], **asked["options"])
     except RequestError as error:

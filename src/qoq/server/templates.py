@@ -23,19 +23,24 @@ _START_S = 120.0  # the child imports what renders templates; slow on a busy mac
 class TemplateProcess:
     """Renders conversations; ``render`` may be called from any thread."""
 
-    def __init__(self, template: ChatTemplate, *, time_limit: float) -> None:
+    def __init__(self, *, time_limit: float) -> None:
         """``time_limit`` in seconds is for one rendering; the child's start does not count."""
-        self._template = template
         self._time_limit = time_limit
         self._lock = threading.Lock()  # one rendering at a time; they take well under a millisecond
         self._child: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
         """The prompt of a conversation; ``options`` are those of ``ChatTemplate.render``.
 
         Raises RequestError where the template refuses the messages or is cut off.
         """
-        asked = json.dumps({"messages": list(messages), "options": options}).encode() + b"\n"
+        line = {"template": template.to_json(), "messages": list(messages), "options": options}
+        try:
+            asked = json.dumps(line).encode() + b"\n"
+        except RecursionError:
+            raise RequestError("The conversation is nested too deeply; make it flatter.") from None
         with self._lock:
             child = self._running()
             answer = self._ask(child, asked, self._time_limit)
@@ -67,8 +72,7 @@ class TemplateProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        hello = json.dumps(self._template.to_json()).encode() + b"\n"
-        if self._ask(self._child, hello, _START_S) != {"text": "ready"}:
+        if self._ask(self._child, b"", _START_S) != {"text": "ready"}:
             raise RequestError("The process that renders chat templates does not start.")
         return self._child
 
