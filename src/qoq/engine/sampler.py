@@ -22,13 +22,13 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-        self._rules = LogitsRules(vocab_size, tokenizer)
+        self.rules = LogitsRules(vocab_size, tokenizer)
 
     def admit(self, request: Request, device: torch.device) -> None:
         """Compile and check what a request asks; RequestError where it cannot be honoured."""
         if request.params.n != 1:
             raise RequestError("A request is one text; n texts are n requests (see choices).")
-        self._rules.admit(request, device)
+        self.rules.admit(request, device)
 
     def choose(
         self, requests: Sequence[Request], logits: Tensor, wanted: SamplingBatch | None = None
@@ -43,7 +43,7 @@ class Sampler:
         looked = sorted({*shaped, *told})
         raw = logits[looked] if looked else None
         if shaped:
-            self._rules.apply(logits, shaped, [requests[at] for at in shaped])
+            self.rules.apply(logits, shaped, [requests[at] for at in shaped])
         if wanted is None:
             wanted = sampling_batch(requests, [r.num_new for r in requests], logits)
         tokens = sample(logits, wanted)
@@ -51,7 +51,7 @@ class Sampler:
         details: dict[int, dict[int, Logprob]] = {}
         if raw is not None:
             details = self._look(requests, raw, looked, tokens, logprobs)
-        failed = {at: self._rules.error(requests[at]) for at in shaped}
+        failed = {at: self.rules.error(requests[at]) for at in shaped}
         return [
             self._hand_over(request, ids[at], logprobs[at], details.get(at), failed.get(at))
             for at, request in enumerate(requests)
@@ -93,7 +93,7 @@ class Sampler:
     ) -> Update:
         if failed is not None:
             return request.fail(failed)
-        last = self._rules.advance(request, token_id)
+        last = self.rules.advance(request, token_id)
         return request.accept(token_id, logprob, top, last=last)
 
 

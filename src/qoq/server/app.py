@@ -17,6 +17,7 @@ from qoq.server.middleware import ApiKeys, BodyLimits, RequestIds
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
+from qoq.server.structures import Structures
 from qoq.server.wire import JSONAnswer
 
 
@@ -38,6 +39,7 @@ def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
             await context.engine.drain(settings.shutdown_timeout)
             await context.engine.close()
             context.prompts.close()
+            context.structures.close()
 
     app = FastAPI(
         title="qoq",
@@ -94,4 +96,5 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
         vocab_size=model.config.vocab_size,
         template_timeout=settings.template_timeout,
     )
-    return Context(model, settings, engine, prompts, LogprobWriter(model.tokenizer))
+    structures = Structures(model.engine)
+    return Context(model, settings, engine, prompts, structures, LogprobWriter(model.tokenizer))
