@@ -1,5 +1,6 @@
 """``qoq serve``: a model behind OpenAI's HTTP interface."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ KEY_VARIABLE = "QOQ_API_KEY"
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 _ENGINE, _HTTP, _LOGS = "Engine", "HTTP", "Configuration and logs"
+_PREFIXES = "Compute once what prompts begin with alike (default: yes)"  # wide: a table of its own
 
 
 @verb()
@@ -68,6 +70,22 @@ def serve(
     kv_cache_memory_fraction: Annotated[
         float, typer.Option(help="Share of free memory it may take.", rich_help_panel=_ENGINE)
     ] = 0.8,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            show_default=False,
+            rich_help_panel=_PREFIXES,
+        ),
+    ] = True,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of requests that name none; each then always gives the same text. "
+            "Default: random.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     max_num_queued_reqs: Annotated[
         int,
         typer.Option(help="Requests that may wait; more get a 503.", rich_help_panel=_ENGINE),
@@ -87,6 +105,14 @@ def serve(
     chat_template_timeout: Annotated[
         float, typer.Option(help="Seconds one rendering may take.", rich_help_panel=_ENGINE)
     ] = 5.0,
+    engine_step_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a step that has not returned counts as hung: requests get a "
+            "503, the process ends with status 1. 0: never.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = 600.0,
     backend: Annotated[
         str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -172,6 +198,7 @@ def serve(
         request_timeout=request_timeout,
         body_timeout=body_timeout,
         template_timeout=chat_template_timeout,
+        step_timeout=engine_step_timeout,
         shutdown_timeout=shutdown_timeout,
         root_path=root_path,
         allowed_origins=several(allowed_origins, ()),
@@ -183,9 +210,11 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         kv_memory_bytes=kv_cache_memory_bytes,
         kv_memory_fraction=kv_cache_memory_fraction,
         generation_config=generation_config,
+        seed=seed,
         chat_template=_template(chat_template),
         backend=backend,
     )
@@ -202,6 +231,9 @@ def serve(
         announce(served, transport.log_format)
         server = make_server(create_app(served, settings), settings, transport)
         server.run(sockets=[sock])
+    if server.stuck:
+        logging.shutdown()
+        os._exit(server.status)  # an orderly end would wait for the engine's thread
     raise typer.Exit(server.status)
 
 

@@ -88,6 +88,7 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
         ),
         max_open=model.max_num_seqs + settings.max_queued,
         time_limit=settings.request_timeout,
+        step_limit=settings.step_timeout,
     )
     prompts = Prompts(
         model.tokenizer,
