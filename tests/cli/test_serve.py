@@ -157,3 +157,4 @@ def test_help_has_an_example() -> None:
     text = run("serve", "--help").stdout
     assert "qoq serve OUT" in text
     assert "--max-num-queued-reqs" in text
+    assert "--no-enable-prefix-caching" in text

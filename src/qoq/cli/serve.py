@@ -16,7 +16,6 @@ KEY_VARIABLE = "QOQ_API_KEY"
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 _ENGINE, _HTTP, _LOGS = "Engine", "HTTP", "Configuration and logs"
-_PREFIXES = "Compute once what prompts begin with alike (default: yes)"  # wide: a table of its own
 
 
 @verb()
@@ -74,8 +73,7 @@ def serve(
         bool,
         typer.Option(
             "--enable-prefix-caching/--no-enable-prefix-caching",
-            show_default=False,
-            rich_help_panel=_PREFIXES,
+            hidden=True,  # its two names would squeeze the table; the text above has it
         ),
     ] = True,
     seed: Annotated[
@@ -176,7 +174,8 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients speak it; see /docs on the running server.
 
     Option names are vLLM's; dashes and underscores are the same, and options that take several
-    values take them in a row.
+    values take them in a row. What prompts begin with alike is computed once, unless
+    --no-enable-prefix-caching is given.
 
     Examples:
 
