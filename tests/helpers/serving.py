@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import queue
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from helpers.verbs import spawn
 from qoq.server.app import create_app
 from qoq.server.context import Context
 from qoq.server.model import EngineOptions, ServedModel, load_served_model
@@ -131,3 +134,38 @@ def live(model: ServedModel, **settings: Any) -> Iterator[LiveServer]:
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+@contextmanager
+def process(
+    folder: Path, *options: object, fault: tuple[str, int] | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
+    """``qoq serve`` in a process of its own: it, its address, its log as it grows.
+
+    ``fault``: how the engine fails and at which step (``faulty_server``).
+    """
+    child = spawn("serve", folder, "--port", 0, "--log-format", "json", *options, fault=fault)
+    lines: list[str] = []
+    said: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            lines.append(line)
+            if '"message": "serving on ' in line:
+                said.put(json.loads(line)["message"].removeprefix("serving on "))
+        said.put("")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        url = said.get(timeout=120)
+        assert url, lines
+        yield child, url, lines
+    finally:
+        child.kill()
+        child.wait()
+        reader.join(60)
+        for pipe in (child.stdout, child.stderr):
+            assert pipe is not None
+            pipe.close()

@@ -36,6 +36,7 @@ def test_cache_is_what_was_asked_for(folder: Path, model: ServedModel) -> None:
         {"kv_memory_bytes": 0},
         {"tool_call_parser": "nonsense"},
         {"enable_auto_tool_choice": True},  # this template shows no calls
+        {"seed": 2**63},
     ]
     for options in bad:
         with pytest.raises(RequestError):
@@ -76,9 +77,21 @@ def test_requests_win_over_defaults() -> None:
     body.temperature, body.top_k, body.n = 0, -1, None
     [one] = sampling_params(body, Ends(), defaults, max_tokens=3, vocab=10)
     assert (one.temperature, one.top_k) == (0, 0)
-    body.temperature = None
+    for own, default, wanted in ((None, -3, 2**63 - 3), (5, -3, 5), (0, 9, 0), (None, 0, 0)):
+        body.seed = own
+        [seeded] = sampling_params(body, Ends(), {"seed": default}, max_tokens=3, vocab=10)
+        assert seeded.seed == wanted
+    body.seed = body.temperature = None
     [neutral] = sampling_params(body, Ends(), {}, max_tokens=3, vocab=10)
-    assert (neutral.temperature, neutral.top_p) == (1.0, 1.0)
+    assert (neutral.temperature, neutral.top_p, neutral.seed) == (1.0, 1.0, None)
+
+
+def test_options_reach_the_engine(folder: Path) -> None:
+    engine = serving.load(folder, max_model_len=99, enable_prefix_caching=False).engine
+    assert (engine.max_model_len, engine.enable_prefix_caching) == (99, False)
+    model = serving.load(folder, seed=2**63 - 1)
+    assert model.sampling == {"seed": 2**63 - 1}
+    assert model.engine.enable_prefix_caching
 
 
 @pytest.mark.parametrize(
@@ -91,6 +104,7 @@ def test_requests_win_over_defaults() -> None:
         {"request_timeout": 0.0},
         {"template_timeout": float("nan")},
         {"shutdown_timeout": -1.0},
+        {"step_timeout": -1.0},
     ],
 )
 def test_settings_that_let_nothing_through(wrong: dict[str, Any]) -> None:
