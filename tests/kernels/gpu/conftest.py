@@ -1,10 +1,11 @@
-"""Triton twins run on the GPU where there is one, else on the CPU under Triton's interpreter."""
+"""Numbers of the twins come from a GPU or Triton's interpreter, machine code from a compiler."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from helpers.triton_code import Compiler
 from qoq.kernels.gpu.backend import missing
 
 CUDA = torch.cuda.is_available()  # as tests/conftest.py asks before it turns the interpreter on
@@ -25,6 +26,12 @@ def cuda(device: torch.device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("needs a CUDA GPU")
     return device
+
+
+@pytest.fixture(scope="session")
+def compiler(request: pytest.FixtureRequest) -> Compiler:
+    """Compiles kernels for GPUs that need not be here; Triton's cache outlives the session."""
+    return Compiler(request.config.cache.mkdir("triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")
