@@ -42,10 +42,15 @@ _OPS = (
     "attention",
     "sample",
 )
+_ON_GPU = ("linear",)
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {
-    op: (Twin("cpu", f"qoq.kernels.cpu.{_STEM.get(op, op)}"),) for op in _OPS
+    op: tuple(
+        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}")
+        for backend in (("cpu", "gpu") if op in _ON_GPU else ("cpu",))
+    )
+    for op in _OPS
 }
 
 
