@@ -22,8 +22,8 @@ BACKENDS = ("auto", "oracle", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Twin:
-    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives, ``device``
-    the type of device it is for (None: it says so itself); for others it is not even imported.
+    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives; for other
+    types of device than ``device`` (None: it says so itself) it is not even imported.
 
     The module offers a function named like the op, with the oracle's signature, and
     ``unsupported(device, **what) -> str | None``: why it cannot run this call, or None if it can.
