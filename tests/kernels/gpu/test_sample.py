@@ -65,7 +65,9 @@ def test_a_large_vocabulary(device: torch.device) -> None:
 
 
 @settings(max_examples=6)
-@given(top_k=st.integers(1, 45), top_p=st.sampled_from([1e-9, 0.13, 0.31, 0.77, 1.0]))
+@given(
+    top_k=st.sampled_from([1, 2, 3, 17, 45]), top_p=st.sampled_from([1e-9, 0.13, 0.31, 0.77, 1.0])
+)
 def test_equal_logits_stop_where_the_oracle_stops(
     device: torch.device, top_k: int, top_p: float
 ) -> None:
