@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.sampling import random_params
+from helpers.sampling_params import random_params
 from qoq.kernels.cpu.sample import sample, unsupported
 from qoq.kernels.sample import SamplingBatch, sample_oracle
 

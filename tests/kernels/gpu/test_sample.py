@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.sampling import random_params
+from helpers.sampling_params import random_params
 from helpers.triton_code import ARCHS, Compiler, Kernel
 from qoq.kernels.gpu.sample import CHUNK, LARGEST, sample, unsupported
 from qoq.kernels.sample import SamplingBatch, sample_oracle
