@@ -21,7 +21,7 @@ class Choice:
 
 
 def choose_device(wanted: str = "auto") -> Choice:
-    """``cpu``, ``cuda`` or ``cuda:N`` as asked for; ``auto`` takes the GPU if our kernels run there.
+    """``cpu``, ``cuda`` or ``cuda:N`` as asked for; ``auto``: a GPU if our kernels run there.
 
     A GPU becomes the calling thread's current one. Raises BackendUnavailable for other names and
     for GPUs that torch does not see.
