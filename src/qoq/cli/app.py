@@ -17,6 +17,7 @@ from qoq.cli.eval_lm import lm
 from qoq.cli.eval_ppl import ppl
 from qoq.cli.eval_table import render, table
 from qoq.cli.generate import generate
+from qoq.cli.gpu_check import gpu_check
 from qoq.cli.inspect import inspect
 from qoq.cli.qserve import export_qserve, import_qserve
 from qoq.cli.quantize import quantize
@@ -90,3 +91,4 @@ app.command("run-batch")(run_batch)
 app.command("import-qserve")(import_qserve)
 app.command("export-qserve")(export_qserve)
 app.command("check-env")(check_env)
+app.command("gpu-check")(gpu_check)
