@@ -87,6 +87,20 @@ def test_dashes_and_underscores(asked: dict[str, Any]) -> None:
         assert asked["options"].kv_memory_bytes == 1 << 30
 
 
+def test_tools(asked: dict[str, Any], tmp_path: Path) -> None:
+    def options(*line: str) -> tuple[str, bool | None]:
+        refusal("serve", "M", *line)
+        return asked["options"].tool_call_parser, asked["options"].enable_auto_tool_choice
+
+    assert options() == ("auto", None)
+    line = ("--tool-call-parser", "hermes", "--enable_auto_tool_choice")
+    assert options(*line) == ("hermes", True)
+    assert options("--no-enable-auto-tool-choice") == ("auto", False)
+    file = tmp_path / "serve.yaml"
+    file.write_text("tool-call-parser: mistral\nenable-auto-tool-choice: true\n")
+    assert options("--config", str(file)) == ("mistral", True)
+
+
 def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
@@ -99,8 +113,19 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
     options = asked["options"]
     assert (options.max_num_seqs, options.max_num_batched_tokens) == (6, 99)
     assert options.max_model_len == 8000
+    assert options.enable_prefix_caching is True
+    assert options.seed is None
     refusal("serve", "M", f"--config={file}")
     assert asked["model"] == "M"
+    file.write_text("enable-prefix-caching: false\nseed: -3\nengine-step-timeout: 7\n")
+    refusal("serve", "M", "--config", file)
+    assert asked["options"].enable_prefix_caching is False
+    assert asked["options"].seed == -3
+    refusal("serve", "M", "--config", file, "--enable_prefix_caching", "--seed", 4)
+    assert asked["options"].enable_prefix_caching is True
+    assert asked["options"].seed == 4
+    refusal("serve", "M", "--no-enable-prefix-caching")
+    assert asked["options"].enable_prefix_caching is False
 
 
 def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -133,6 +158,17 @@ def test_config_files_that_are_refused(text: str, says: str, tmp_path: Path) -> 
         read_config(file, set())
 
 
+def test_options_of_other_engines_and_words_nearly_right() -> None:
+    for line, says in (
+        ("--dtype auto", "no --dtype here: the checkpoint says so"),
+        ("--tensor_parallel_size=2", "no --tensor-parallel-size here: one process"),
+        ("-tp 2", "no -tp here"),
+        ("--no-enable-chunked-prefill", "no --no-enable-chunked-prefill here: prompts are always"),
+    ):
+        assert says in refusal("serve", "M", *line.split(), status=2)
+    assert "--max-num-seqs" in run("serve", "M", "--max-num-seq", 3, status=2).stderr
+
+
 def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
     assert run("serve", "M", "--log-format", "xml", status=2)
     assert run("serve", "M", "--max-model-len", "long", status=2)
@@ -154,3 +190,4 @@ def test_help_has_an_example() -> None:
     text = run("serve", "--help").stdout
     assert "qoq serve OUT" in text
     assert "--max-num-queued-reqs" in text
+    assert "--no-enable-prefix-caching" in text

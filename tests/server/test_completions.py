@@ -215,8 +215,6 @@ async def test_ten_megabytes_of_prompt_are_refused_quickly(app: Client) -> None:
         ("suffix", "end"),
         ("best_of", 2),
         ("use_beam_search", True),
-        ("truncate_prompt_tokens", 5),
-        ("include_stop_str_in_output", True),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(app: Client, name: str, value: Any) -> None:

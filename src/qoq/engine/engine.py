@@ -18,6 +18,7 @@ from qoq.engine.rows import Rows
 from qoq.engine.sampler import Sampler
 from qoq.engine.scheduler import Guess, Scheduler
 from qoq.engine.stats import EngineStats
+from qoq.engine.structured import Grammars
 from qoq.errors import RequestError
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.decoder import Decoder
@@ -90,6 +91,13 @@ class Engine:
     def unfinished(self) -> int:
         """Requests that wait or run."""
         return self._scheduler.num_waiting + self._scheduler.num_running
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles structured outputs. Any thread may have it do so ahead of ``add``, which
+        else takes as long as that takes.
+        """
+        return self._sampler.rules.grammars
 
     def add(
         self,

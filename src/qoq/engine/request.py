@@ -40,7 +40,8 @@ class SamplingParams:
     logprobs: also give the log-probabilities of so many likeliest tokens at each place (0: of the
     chosen one with its rank only; None: none of this); prompt_logprobs: the same at each place of
     the prompt, which then is read in full, no cached prefix used.
-    n: texts wanted (see ``engine.choices``). skip_special_tokens: leave them out of the text.
+    n: texts wanted (see ``engine.choices``). skip_special_tokens: leave them out of the text, all
+    but shown_special_ids. include_stop_str_in_output: the text ends with what stopped it.
     """
 
     max_tokens: int = 128
@@ -64,6 +65,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         require(is_int(self.max_tokens) and self.max_tokens >= 1, self, "max_tokens", "1 or more")
@@ -210,9 +213,13 @@ class Request:
         self.end_ids = frozenset({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)})
         self._detokenizer = None
         if tokenizer is not None:
-            skip = params.skip_special_tokens
-            self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special=skip)
-        self._matcher = StopMatcher(params.stop_strings)
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                prompt_ids,
+                skip_special=params.skip_special_tokens,
+                shown=params.shown_special_ids,
+            )
+        self._matcher = StopMatcher(params.stop_strings, include=params.include_stop_str_in_output)
         # The scheduler's: where it stands in line, its place among those that run (-1: none), its
         # pages, how much of it they hold, and the names of its full pages.
         self.cache_salt = cache_salt
@@ -256,10 +263,12 @@ class Request:
         if top_logprobs is not None:
             self.top_logprobs.append(top_logprobs)
         piece = ""
-        if token_id in self.end_ids:
-            self.finish_reason = "stop"  # and the id that says so is not part of the text
+        ends = token_id in self.end_ids
+        if ends:
+            self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
-        elif self._detokenizer is not None:
+        in_text = not ends or self.params.include_stop_str_in_output
+        if in_text and self._detokenizer is not None:
             piece = self._detokenizer.push(token_id)
             if self.num_new > self.params.min_tokens:
                 piece = self._matcher.push(piece)

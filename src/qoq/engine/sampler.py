@@ -23,13 +23,13 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-        self._rules = LogitsRules(vocab_size, tokenizer)
+        self.rules = LogitsRules(vocab_size, tokenizer)
 
     def admit(self, request: Request, device: torch.device) -> None:
         """Compile and check what a request asks; RequestError where it cannot be honoured."""
         if request.params.n != 1:
             raise RequestError("A request is one text; n texts are n requests (see choices).")
-        self._rules.admit(request, device)
+        self.rules.admit(request, device)
 
     def choose(
         self, chunks: Sequence[Chunk], logits: Tensor, wanted: SamplingBatch
@@ -49,7 +49,7 @@ class Sampler:
         looked = sorted({*shaped, *told})
         raw = logits[looked] if looked else None
         if shaped:
-            self._rules.apply(logits, shaped, [owners[at] for at in shaped])
+            self.rules.apply(logits, shaped, [owners[at] for at in shaped])
         tokens = sample(logits, wanted)
         ids, logprobs = tokens.ids.tolist(), tokens.logprobs.tolist()
         details: dict[int, dict[int, Logprob]] = {}
@@ -98,12 +98,12 @@ class Sampler:
     ) -> Update:
         """Give a request the token of its first ``row``, and the next one for each right guess."""
         request = chunk.request
-        failed = self._rules.error(request) if request.params.shapes_logits else None
+        failed = self.rules.error(request) if request.params.shapes_logits else None
         if failed is not None:
             return Update(request, (), request.fail(failed))
         text = ""
         for at, guess in enumerate((*chunk.guessed, None), row):
-            last = self._rules.advance(request, ids[at])
+            last = self.rules.advance(request, ids[at])
             text += request.accept(ids[at], logprobs[at], details.get(at), last=last)
             if ids[at] != guess or request.finish_reason is not None:
                 break

@@ -37,6 +37,8 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "sampling_defaults": model.sampling,
         "speculative_config": model.speculative and asdict(model.speculative),
         "chat_template": model.template is not None,
+        "tool_call_parser": model.tools.parser,
+        "auto_tool_choice": model.tools.auto,
     }
 
 
@@ -55,6 +57,8 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
         f"sampling defaults: {facts['sampling_defaults'] or 'none'}",
         f"speculative decoding: {_speculation(facts['speculative_config'])}",
         f"chat template: {'yes' if facts['chat_template'] else 'none'}",
+        f"tool calls: parser {facts['tool_call_parser'] or 'none'}, "
+        f"automatic tool choice {'on' if facts['auto_tool_choice'] else 'off'}",
     ]
 
 

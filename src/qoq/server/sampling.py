@@ -61,6 +61,7 @@ def sampling_params(
         )
     # OpenAI's default is 1.0; a model's generation_config.json may say otherwise.
     temperature = _first(body.temperature, defaults.get("temperature"), 1.0)
+    seed = _seed(body.seed if body.seed is not None else defaults.get("seed"))
     more = rules(body, defaults)
     try:
         return choices(
@@ -71,7 +72,7 @@ def sampling_params(
                 top_k=_top_k(_first(body.top_k, defaults.get("top_k"), 0), vocab),
                 top_p=_first(body.top_p, defaults.get("top_p"), 1.0),
                 min_p=_first(body.min_p, defaults.get("min_p"), 0.0),
-                seed=_seed(body.seed),
+                seed=seed,
                 stop=stop,
                 stop_token_ids=ids,
                 ignore_eos=ends.ignore_eos,
@@ -100,10 +101,10 @@ def _top_k(value: float, vocab: int) -> int:
     return 0 if value == -1 else int(min(value, vocab))
 
 
-def _seed(seed: int | None) -> int | None:
+def _seed(seed: float | None) -> int | None:
     """Any int64; the engine's seeds have no sign, so a negative one takes its bits."""
     if seed is None:
         return None
     if not -_INT64 <= seed < _INT64:
         raise bad_request(f"seed must be from -2**63 to 2**63 - 1, not {seed}.", param="seed")
-    return seed % _INT64
+    return int(seed) % _INT64
