@@ -24,8 +24,9 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, default=None, help="write the figures to this file")
-    parser.add_argument("options", nargs="*", help="options of qoq serve, after --")
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:end])
     words = (ROOT / "examples" / "books-llama" / "heldout.txt").read_text(encoding="utf-8")
     figures = soak(
         args.model,
@@ -33,7 +34,7 @@ def main() -> int:
         words=words,
         concurrency=args.concurrency,
         seed=args.seed,
-        options=tuple(args.options),
+        options=tuple(given[end + 1 :]),
     )
     figures |= provenance([])
     figures["command"] = shlex.join(["python", "-m", "soak", *sys.argv[1:]])

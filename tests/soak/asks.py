@@ -58,13 +58,11 @@ class Asks:
         rng = self._rng
         path = rng.choices((COMPLETIONS, CHAT, RESPONSES), (5, 4, 1))[0]
         ask = self.ask(path, {**self._body(path), "stream": rng.random() < 0.8})
-        phase = rng.choice(
-            ("in our own words", "unread", "before the first byte", "within", "within")
-        )
+        phase = rng.choice(("in our own words", "unread", "before an answer", "within", "within"))
         leave = {
             "in our own words": Leave(sent=rng.random(), seconds=rng.random() / 5),
             "unread": Leave(),
-            "before the first byte": Leave(nbytes=1, seconds=rng.random() / 10),
+            "before an answer": Leave(nbytes=1, seconds=rng.random() / 10),
             "within": Leave(nbytes=rng.randint(200, 8000), seconds=60),
         }[phase]
         leave = Leave(leave.sent, leave.nbytes, leave.seconds, rng.random() < 0.5)
@@ -121,7 +119,8 @@ class Asks:
 
     def _body(self, path: str) -> Body:
         rng = self._rng
-        new = rng.randint(1, max(2, min(48, self._context // 4)))
+        # Some texts outgrow several pages, so that pools that are too small throw them out.
+        new = rng.randint(1, max(2, min(48 if rng.random() < 0.9 else 200, self._context // 3)))
         body: Body = {"temperature": rng.choice((0, 0.7, 1.0, 1.5)), "top_p": rng.choice((1, 0.9))}
         body["stream"] = rng.random() < 0.6
         if path == RESPONSES:
@@ -226,7 +225,7 @@ class Asks:
             "not HTTP": lambda: rng.randbytes(300) + b"\r\n\r\n",
             "a head without end": lambda: b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 200_000,
             "two lengths": lambda: post(path, whole, Content_length="1"),
-            "a bad length": lambda: post(path, whole, **{"Content_Length": "-5"}),
+            "a bad length": lambda: post(path, whole, Content_Length="-5"),
         }
 
 

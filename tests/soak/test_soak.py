@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+
 from helpers.tiny import write_tiny_llama
 from soak.soak import soak
 
 WORDS = "it was the hello of times, it was the hill of hats, and he told the hollow well so. " * 30
 
 
+@pytest.mark.timeout(900)
 def test_three_hundred_requests(tmp_path: Path) -> None:
-    write_tiny_llama(tmp_path, seed=5)
-    options = ("--kv-cache-memory-bytes", "2M", "--max-num-batched-tokens", 96)
+    write_tiny_llama(tmp_path, seed=5, max_position_embeddings=512)
+    options = ("--kv-cache-memory-bytes", "1500K", "--max-num-batched-tokens", 96)
     figures = soak(tmp_path, 300, words=WORDS, concurrency=24, seed=1, options=options)
     assert figures["problems"] == []
     assert figures["log_errors"] == []
