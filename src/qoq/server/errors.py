@@ -140,6 +140,9 @@ def _validation(details: Any) -> APIError:
     if first.get("type") == "json_invalid":
         cause = first.get("ctx", {}).get("error", "")
         return bad_request(f"The body is not valid JSON: {cause}.", code="invalid_json")
+    message = str(first.get("msg", "invalid")).removeprefix("Value error, ")
+    if not where and first.get("type") == "value_error":  # fields that do not go together
+        return bad_request(f"{message}.")
     if not where:
-        return bad_request(f"The body must be a JSON object: {first.get('msg', '')}.")
-    return bad_request(f"{'.'.join(where)}: {first.get('msg', 'invalid')}.", param=where[0])
+        return bad_request(f"The body must be a JSON object: {message}.")
+    return bad_request(f"{'.'.join(where)}: {message}.", param=where[0])
