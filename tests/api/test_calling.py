@@ -65,11 +65,21 @@ def test_what_is_asked_of_the_engine(tokenizer: Tokenizer) -> None:
     strict = shaped(STRICT, "auto")
     assert strict.structured_outputs is not None
     assert strict.shown_special_ids
-    form = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
-    assert calling.shape(form, calling.plan(TOOLS, "auto")).structured_outputs is not None
-    for tools, choice in ((TOOLS, "required"), (STRICT, "auto")):
+    text, answer = StructuredOutputsParams(regex="a"), StructuredOutputsParams(json=True)
+    params = SamplingParams(structured_outputs=text)
+    plan = calling.plan(TOOLS, "auto", form=text)
+    assert calling.shape(params, plan).structured_outputs == text
+    plan = calling.plan(TOOLS, "auto", form=answer)
+    assert plan.structure is not None
+    assert plan.structure["structural_tag"]["otherwise"] == {}
+    assert calling.plan(TOOLS, "none", form=answer) == ToolPlan()
+    for tools, choice, form in (
+        (TOOLS, "required", text),
+        (TOOLS, "required", answer),
+        (STRICT, "auto", text),
+    ):
         with pytest.raises(RequestError, match="response_format") as caught:
-            calling.shape(form, calling.plan(tools, choice))
+            calling.plan(tools, choice, form=form)
         assert caught.value.param == "tools"
     off = ToolCalling.of_model(tokenizer, HERMES, "", auto=False)
     with pytest.raises(RequestError, match="--enable-auto-tool-choice"):

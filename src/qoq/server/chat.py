@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.forms import requested_form
 from qoq.api.logprobs import best
 from qoq.errors import RequestError
 from qoq.server.context import Context, Texts, note, request_id, respond
@@ -60,7 +61,10 @@ class _Job:
         name = context.check_model(body.model)
         _check(body)
         plan = context.model.tools.plan(
-            body.tools, body.tool_choice, parallel=body.parallel_tool_calls
+            body.tools,
+            body.tool_choice,
+            parallel=body.parallel_tool_calls,
+            form=requested_form(vars(body)),
         )
         text = await context.prompts.render(
             body.messages,

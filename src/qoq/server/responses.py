@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.forms import requested_form
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError
 from qoq.server.context import Context, Texts, note, request_id, respond
@@ -74,7 +75,12 @@ class _Job:
         if body.prompt is not None:
             raise bad_request("Stored prompts are not supported.", param="prompt")
         calling, tools = context.model.tools, tools_of(body)
-        plan = calling.plan(tools, choice_of(body), parallel=body.parallel_tool_calls)
+        plan = calling.plan(
+            tools,
+            choice_of(body),
+            parallel=body.parallel_tool_calls,
+            form=requested_form(vars(body)),
+        )
         shown = None if plan.choice == "none" else tools
         text = await context.prompts.render(messages_of(body), tools=shown)
         ids = await context.prompts.encode(text, special=False)
