@@ -15,7 +15,7 @@ LEVELS = (
     ("engine", "quantize"),
     ("models",),
     ("checkpoint", "kvcache", "kernels", "tokenizer", "tools", "client"),
-    ("formats",),
+    ("formats", "child"),
     ("errors",),
 )
 LEVEL_OF = {part: depth for depth, level in enumerate(LEVELS) for part in level}

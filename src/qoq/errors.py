@@ -53,6 +53,10 @@ class TextError(QoqError):
     """A text to evaluate on that is missing, unreadable, too short or for another vocabulary."""
 
 
+class HarnessError(QoqError):
+    """lm-evaluation-harness, one of its tasks or the data of one is missing or cannot be used."""
+
+
 class ResourceError(QoqError):
     """The job cannot fit in the memory or disk at hand; nothing was started."""
 

@@ -32,7 +32,7 @@ def feed(request: Request, ids: list[int]) -> str:
     """Accept ids until the request ends; the pieces joined."""
     pieces = []
     for i in ids:
-        pieces.append(request.accept(i, -0.5).text)
+        pieces.append(request.accept(i, -0.5))
         if request.finish_reason:
             break
     return "".join(pieces)

@@ -17,6 +17,7 @@ from qoq.server.middleware import ApiKeys, BodyLimits, RequestIds
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
+from qoq.server.structures import Structures
 from qoq.server.wire import JSONAnswer
 
 
@@ -38,6 +39,7 @@ def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
             await context.engine.drain(settings.shutdown_timeout)
             await context.engine.close()
             context.prompts.close()
+            context.structures.close()
 
     app = FastAPI(
         title="qoq",
@@ -86,6 +88,7 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
         ),
         max_open=model.max_num_seqs + settings.max_queued,
         time_limit=settings.request_timeout,
+        step_limit=settings.step_timeout,
     )
     prompts = Prompts(
         model.tokenizer,
@@ -96,4 +99,5 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
         template_timeout=settings.template_timeout,
         trust_templates=settings.trust_request_chat_template,
     )
-    return Context(model, settings, engine, prompts, LogprobWriter(model.tokenizer))
+    structures = Structures(model.engine)
+    return Context(model, settings, engine, prompts, structures, LogprobWriter(model.tokenizer))

@@ -16,6 +16,7 @@ from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
 from qoq.server.sse import Events, EventStream
+from qoq.server.structures import Structures
 from qoq.server.wire import JSONAnswer
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Context:
     settings: ServerSettings
     engine: AsyncEngine
     prompts: Prompts
+    structures: Structures
     logprobs: LogprobWriter
 
     def check_model(self, name: str | None) -> str:
@@ -75,9 +77,12 @@ async def respond(context: Context, request: Request, job: Job, *, stream: bool 
 
 async def begin(context: Context, request: Request, texts: Texts, priority: int = 0) -> Generation:
     """Put texts in line; returns once the engine has taken them, or raises what it says."""
+    compiling = context.structures.compile(params for _, params in texts)
+    compiled = await unless_gone(request, compiling)
     generation = context.engine.submit(texts, priority=priority)
     try:
         await unless_gone(request, generation.accepted())
+        del compiled  # the engine has found it
     except BaseException:
         generation.abort()
         raise
