@@ -127,8 +127,8 @@ def test_deltas_token_by_token(tokenizer: Tokenizer, seed: int) -> None:
     request = Request([5], params, max_length=500, tokenizer=tokenizer)
     reader, deltas = TextReader(plan), []
     for i in tokenizer.encode(TEXT, special=False):
-        deltas += calling.deltas(reader.read(request.accept(i, 0.0).text))
-    deltas += calling.deltas(reader.read(request.fail("").text, last=True))
+        deltas += calling.deltas(reader.read(request.accept(i, 0.0)))
+    deltas += calling.deltas(reader.read(request.fail(""), last=True))
     assert put_together(deltas) == ("Hm, é.", [["f", '{"a": "é"}'], ["g", "{}"]])
 
 
