@@ -10,10 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.calling import tool
 from helpers.tiny import write_byte_tokenizer, write_tiny_llama
 from helpers.verbs import answer, refusal, run, spawn
 from qoq.engine.request import SamplingParams
 from qoq.llm import LLM
+
+FORM = {"type": "json_schema", "json_schema": {"schema": {"enum": ["ab"]}}}
+DAY = {
+    "type": "object",
+    "properties": {"day": {"enum": ["today"]}},
+    "required": ["day"],
+    "additionalProperties": False,
+}
+TOOLS = [tool("f", DAY)]
+BAD = [tool("f", {"type": "foo"})]
+NAMED = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,12 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
         request("text", prompt="hello well", max_tokens=9),
         request("chat", "/v1/chat/completions", messages=said, max_tokens=7),
         request("long", prompt=[5] * 500),
-        request("many", prompt="a", n=2),
+        request("many", prompt="hello w", n=3, seed=4, temperature=1.5, max_tokens=5),
+        request("form", prompt="a", response_format=FORM, max_tokens=40),
+        request("call", "/v1/chat/completions", messages=said, tools=TOOLS, **NAMED),
+        request("bad form", prompt="a", n=3, structured_outputs={"json": {"type": "foo"}}),
+        request("bad tool", "/v1/chat/completions", messages=said, tools=BAD, **NAMED),
+        request("auto", "/v1/chat/completions", messages=said, tools=TOOLS),
         "not json",
         "",
         request("text", prompt="twice"),
@@ -59,10 +76,10 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
     source.write_text("\n".join(lines), encoding="utf-8")
     command = ["run-batch", "-i", source, "-o", out, "--model", model]
     got = answer(*command)
-    assert (got["total"], got["done"], got["resumed"]) == (6, 6, 0)
-    assert got["failed"] == 4
+    assert (got["total"], got["done"], got["resumed"]) == (11, 11, 0)
+    assert got["failed"] == 6
     all_lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(all_lines) == 6
+    assert len(all_lines) == 11
     good = {x["custom_id"]: x["response"] for x in all_lines if x["response"] is not None}
     llm = LLM(model)
     text = llm.generate("hello well", SamplingParams(max_tokens=9))[0]
@@ -73,11 +90,19 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
     chat = llm.chat(said, SamplingParams(max_tokens=7))[0]
     assert good["chat"]["body"]["choices"][0]["message"]["content"] == chat.text
     assert "500 tokens" in good["long"]["body"]["error"]["message"]
-    assert good["many"]["status_code"] == 400
+    params = SamplingParams(max_tokens=5, n=3, seed=4, temperature=1.5)
+    many = [text.text for text in llm.generate("hello w", params)]
+    assert [choice["text"] for choice in good["many"]["body"]["choices"]] == many
+    assert json.loads(good["form"]["body"]["choices"][0]["text"]) == "ab"
+    [call] = good["call"]["body"]["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"day": "today"}
+    assert good["bad form"]["body"]["error"]["message"].startswith("structured_outputs: ")
+    assert good["bad tool"]["body"]["error"]["param"] == "tools"
+    assert "--tool-call-parser" in good["auto"]["body"]["error"]["message"]
     errors = [line for line in all_lines if line["error"] is not None]
     assert sorted(line["custom_id"] or "" for line in errors) == ["", "text"]
     again = answer(*command)  # everything is there: nothing is done twice
-    assert (again["resumed"], again["tokens"]) == (6, 0)
+    assert (again["resumed"], again["tokens"]) == (11, 0)
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == all_lines
     with source.open("a", encoding="utf-8") as file:
         file.write("\n" + request("new", prompt="more", max_tokens=2))
@@ -97,6 +122,8 @@ def test_no_template_is_told_line_by_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(model: Path, tmp_path: Path) -> None:
+    line = ("run-batch", "-i", "a", "-o", "b", "--model", model)
+    assert "hermes" in refusal(*line, "--tool-call-parser", "nonsense")
     out = tmp_path / "out.jsonl"
     source = tmp_path / "in.jsonl"
     assert "no file" in refusal("run-batch", "-i", source, "-o", out, "--model", model)

@@ -37,19 +37,25 @@ class ToolCalling:
     def of_model(
         cls,
         tokenizer: Tokenizer,
-        template: str | None,
         model_type: str,
         *,
+        template: str | None = None,
         parser: str = AUTO,
         auto: bool | None = None,
     ) -> "ToolCalling":
-        """That of a model whose conversations with tools go through ``template``.
+        """That of a model, by its chat template or the ``template`` in that one's place.
 
         parser: a name in PARSERS, or "auto": as the template shows. ``auto`` None: where there is a
         parser. Raises RequestError for an unknown parser, and for ``auto`` without one.
         """
         check_parser(parser)
-        name = choose_parser(template, model_type) if parser == AUTO else parser
+        name: str | None = parser
+        if parser == AUTO:
+            try:
+                source = tokenizer.chat_template(template, tools=True).source
+            except RequestError:  # there is none
+                source = None
+            name = choose_parser(source, model_type)
         if auto and name is None:
             raise RequestError(
                 "The chat template does not show how this model writes calls; name it with "

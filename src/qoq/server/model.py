@@ -83,11 +83,10 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     seed = {} if options.seed is None else {"seed": options.seed}
     loaded = load_model(model, backend=options.backend)
     tokenizer = Tokenizer.load(loaded.path)
-    tool_template = _template(tokenizer, options.chat_template, tools=True)
     tools = ToolCalling.of_model(
         tokenizer,
-        tool_template.source if tool_template else None,
         loaded.config.model_type,
+        template=options.chat_template,
         parser=options.tool_call_parser,
         auto=options.enable_auto_tool_choice,
     )
@@ -114,7 +113,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         scheme=loaded.scheme,
         tokenizer=tokenizer,
         template=_template(tokenizer, options.chat_template),
-        tool_template=tool_template,
+        tool_template=_template(tokenizer, options.chat_template, tools=True),
         tools=tools,
         engine=engine,
         pool=pool,
