@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import serving
 from helpers.calling import tool
 from helpers.tiny import write_byte_tokenizer, write_tiny_llama
 from helpers.verbs import answer, refusal, run, spawn
@@ -108,6 +109,55 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
         file.write("\n" + request("new", prompt="more", max_tokens=2))
     assert answer(*command)["tokens"] <= 2
     assert "errors" in run(*command, "--overwrite").stdout
+
+
+@pytest.mark.asyncio
+async def test_it_says_what_the_server_says(model: Path, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "hello"}]
+    warm = {"temperature": 1.5, "seed": 3, "max_tokens": 9}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "hello w", "n": 3, "logprobs": 2, **warm}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "prompt_logprobs": 1, "logprobs": 0, **warm}),
+        ("/v1/completions", {"prompt": "a", "guided_regex": "[ab]{3}c", "stop": "c", **warm}),
+        ("/v1/chat/completions", {"messages": said, "logprobs": True, "top_logprobs": 2, **warm}),
+        ("/v1/chat/completions", {"messages": said, "tools": TOOLS, **NAMED}),
+        ("/v1/chat/completions", {"messages": said, "tools": TOOLS, "tool_choice": "required"}),
+        ("/v1/chat/completions", {"messages": said, "prompt_logprobs": 0, **warm}),
+        ("/v1/chat/completions", {"messages": said, "tools": BAD, **NAMED}),
+        ("/v1/chat/completions", {"messages": said, "n": 0}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}),
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [request(str(at), url, **body) for at, (url, body) in enumerate(bodies)]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    answer("run-batch", "-i", source, "-o", out, "--model", model)
+    batch = read(out)
+    async with serving.client(serving.load(model)) as app:
+        for at, (url, body) in enumerate(bodies):
+            got = (await app.post(url, {"temperature": 0, **body})).json()
+            ours = batch[str(at)]["response"]["body"]
+            assert set(ours) == set(got)
+            assert texts_of(ours) == texts_of(got), body
+            assert numbers_of(ours) == pytest.approx(numbers_of(got), abs=1e-4), body
+
+
+def texts_of(body: dict[str, Any]) -> str:
+    """All but the numbers, and what no two answers share."""
+    if "error" in body:
+        return json.dumps(body, sort_keys=True)
+    for choice in body["choices"]:
+        for call in choice.get("message", {}).get("tool_calls", ()):
+            assert call.pop("id")
+    del body["id"], body["created"]
+    body["usage"].pop("prompt_tokens_details", None)
+    return json.dumps(json.loads(json.dumps(body), parse_float=lambda _: 0.0), sort_keys=True)
+
+
+def numbers_of(body: dict[str, Any]) -> list[float]:
+    """In order; float weights are multiplied by torch, whose last bits hang on the batch."""
+    found: list[float] = []
+    json.loads(json.dumps(body, sort_keys=True), parse_float=lambda text: found.append(float(text)))
+    return found
 
 
 def test_no_template_is_told_line_by_line(model: Path, tmp_path: Path) -> None:

@@ -198,7 +198,12 @@ def _choice(
     body, reason = request.body, text.finish_reason
     count = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs
     tops = best(text.top_logprobs or (), count or 0)
-    choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
+    choice: dict[str, Any] = {
+        "index": index,
+        "logprobs": None,
+        "finish_reason": reason,
+        "stop_reason": text.stop_reason,
+    }
     if isinstance(body, ChatRequest):
         reader = TextReader(request.plan)
         choice["message"] = model.tools.message(collect(reader.read(text.text, last=True)))
