@@ -135,6 +135,7 @@ def test_sampling_of_a_line(model: Model) -> None:
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"stream": True}, "stream"),
         ({"echo": True}, "echo"),
+        ({"truncate_prompt_tokens": 99}, "truncate_prompt_tokens"),
         ({"suffix": "a"}, "suffix"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -179,6 +180,7 @@ def test_prompts(model: Model) -> None:
     options = {"add_generation_prompt": False, "chat_template": "{{ x }}{{ messages | length }}"}
     given = line(CHAT, messages=said, chat_template_kwargs={"x": "!"}, **options)
     assert text(given) == "!2"
+    assert asked(line(prompt=[1, 2, 3, 4], truncate_prompt_tokens=3), model).prompt == [2, 3, 4]
     tools = line(CHAT, messages=SAID, tools=[tool("f", strict=True)])
     assert '{"name": "f", "parameters": null}' in text(tools)
     none = line(CHAT, messages=SAID, tools=TOOLS, tool_choice="none")

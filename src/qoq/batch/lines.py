@@ -9,10 +9,11 @@ from typing import Any
 
 from qoq.api.calling import ToolCalling
 from qoq.api.checks import check_chat, check_completion
+from qoq.api.cut import Cut
 from qoq.api.forms import requested_form
 from qoq.api.logprobs import LogprobWriter, best
 from qoq.api.messages import plain_message, shown_tools
-from qoq.api.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest
+from qoq.api.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, SamplingFields
 from qoq.api.sampling import Ends, sampling_params
 from qoq.engine.request import Output, SamplingParams
 from qoq.errors import RequestError
@@ -27,7 +28,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
-    "truncate_prompt_tokens": (),
 }
 
 
@@ -132,6 +132,7 @@ def _chat(line: Line, model: Model) -> Asked:
     )
     ids = model.tokenizer.encode(text, special=body.add_special_tokens)
     longest = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    ids = _cut(ids, body, longest, model)
     params = _params(body, body.top_logprobs, model.context if longest is None else longest, model)
     return Asked(line, body, plan, ids, [model.tools.shape(p, plan) for p in params])
 
@@ -149,7 +150,13 @@ def _completion(line: Line, model: Model) -> Asked:
         if len(ids) < len(prompt):
             raise RequestError("prompt must be one text or one list of token ids.", param="prompt")
     longest = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    ids = _cut(ids, body, longest, model)
     return Asked(line, body, ToolPlan(), ids, _params(body, body.logprobs, longest, model))
+
+
+def _cut(ids: list[int], body: SamplingFields, longest: int | None, model: Model) -> list[int]:
+    cut = Cut.asked(body, max_model_len=model.context, max_tokens=longest)
+    return ids if cut is None else cut.ids(ids, model.tokenizer.hf.bos_token_id)
 
 
 def _params(

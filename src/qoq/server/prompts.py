@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from qoq.api.cut import Cut
 from qoq.api.messages import plain_message, shown_tools
 from qoq.api.protocol import Message, SamplingFields
 from qoq.errors import RequestError
-from qoq.server.cut import Cut
 from qoq.server.errors import bad_request
 from qoq.server.templates import TemplateProcess
 from qoq.tokenizer import ChatTemplate, Tokenizer
@@ -139,12 +139,7 @@ class Prompts:
 
     def cut(self, body: SamplingFields, max_tokens: int | None) -> Cut | None:
         """How ``body`` wants its prompts shortened; APIError 400 where that cannot be."""
-        return Cut.asked(
-            body.truncate_prompt_tokens,
-            body.truncation_side,
-            max_model_len=self.max_model_len,
-            max_tokens=max_tokens,
-        )
+        return Cut.asked(body, max_model_len=self.max_model_len, max_tokens=max_tokens)
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
         """Raise APIError 400 for an id outside the vocabulary."""
