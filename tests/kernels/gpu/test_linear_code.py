@@ -88,8 +88,10 @@ def cases(arch: int) -> Iterator[Case]:
     for kind in KINDS:
         for tiling in tilings(Case(arch, kind, Tiling(16, 64, 4, 2)).shape, GPUS[arch]):
             yield Case(arch, kind, tiling)
-            yield Case(arch, kind, replace(tiling, splits=3), 500, torch.float16, bias=True)
-            yield Case(arch, kind, replace(tiling, splits=4), 512, torch.int32)
+            splits = 3 if tiling.may_split else 1
+            yield Case(arch, kind, replace(tiling, splits=splits), 500, torch.float16, bias=True)
+            if tiling.may_split:
+                yield Case(arch, kind, replace(tiling, splits=4), 512, torch.int32)
 
 
 def parameters() -> Iterator[Any]:
