@@ -193,10 +193,11 @@ def product(
         if not EVEN or K % WIDTH != 0:
             mask = mask & (column[:, None] < K - step * WIDTH)
         x = tl.load(codes_at, mask=mask, other=0)
-        # Past the last step codes of rows are zero, whatever the weights are.
-        w = tl.load(tile_at) if EVEN else tl.load(tile_at, mask=step < STEPS, other=0)
+        # Past the last step there are no weights; within it, past K, zeros of x meet any weight.
+        here = tl.full((ROWS,), step, tl.int32) < STEPS
+        w = tl.load(tile_at) if EVEN else tl.load(tile_at, mask=here[:, None], other=0)
         if groups is not None:
-            g = tl.load(groups_at) if EVEN else tl.load(groups_at, mask=step < STEPS, other=0)
+            g = tl.load(groups_at) if EVEN else tl.load(groups_at, mask=here, other=0)
             low_scale = (g & 255)[:, None]
             low_offset = ((g >> 8 & 255) * 0x01010101)[:, None]
             high_scale = (g >> 16 & 255)[:, None]
