@@ -16,7 +16,7 @@ import torch
 
 
 @contextmanager
-def faithful() -> Iterator[None]:
+def faithful_interpreter() -> Iterator[None]:
     """Kernels launched meanwhile are interpreted so. Nothing happens on a GPU."""
     if torch.cuda.is_available():
         yield
