@@ -42,7 +42,7 @@ _OPS = (
     "attention",
     "sample",
 )
-_ON_GPU = ("linear",)
+_ON_GPU = ("linear", "kv_append", "attention")
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {

@@ -96,7 +96,7 @@ def test_ragged_batches(
 @pytest.mark.parametrize("window", [None, 300])
 def test_steps_and_splits(bits: tuple[int, int], window: int | None, device: torch.device) -> None:
     # Lengths around the steps of 64 and the splits of 256 tokens.
-    lens = [(1, 63), (2, 65), (1, 255), (1, 256), (2, 257), (9, 520)]
+    lens = [(1, 63), (2, 65), (1, 255), (1, 256), (2, 257), (5, 520)]
     case = make_case(lens, bits=bits, heads=(2, 1), dim=64, page_size=64, window=window)
     assert_close(run(case, device), oracle(case))
 
@@ -137,31 +137,29 @@ def test_both_ways_to_make_operands_of_codes_agree_to_the_bit(
     assert torch.equal(run(case, device), want)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (16, 8)])
-@pytest.mark.parametrize("window", [None, 70, 300])
+@pytest.mark.parametrize(("bits", "window"), [((4, 4), None), ((8, 4), 70), ((16, 8), 258)])
 def test_a_row_knows_neither_its_chunk_nor_the_launch(
     bits: tuple[int, int], window: int | None, device: torch.device
 ) -> None:
     """To the bit, wherever a prompt is cut and however tiles and splits are shared out."""
-    total = 530
+    total = 300 if device.type == "cpu" else 1500
     whole = make_case(
         [(total, total)], bits=bits, heads=(3, 1), dim=64, page_size=64, window=window
     )
     whole.pages = to(whole.pages, torch.bfloat16)
-    spans = [(0, 5), (61, 67), (254, 259), (500, 530), (529, 530), (513, 514)]
-    together = {span: run(part(whole, *span), device, FOLDED) for span in spans}
-    assert_close(together[500, 530], oracle(part(whole, 500, 530)), BF16_ERROR)
-    for (start, stop), want in together.items():
-        for plan in (ONE, SPREAD):
-            for cut in {start, (start + stop) // 2, stop - 1}:
-                alone = run(part(whole, cut, cut + 1), device, plan)
-                assert torch.equal(alone[0], want[cut - start]), (cut, plan)
+    for start, stop in ((0, 3), (62, 66), (255, 258), (total - 4, total)):
+        chunk = part(whole, start, stop)
+        want = run(chunk, device, FOLDED)
+        assert_close(want, oracle(chunk), BF16_ERROR)
+        assert torch.equal(run(chunk, device, SPREAD), want)
+        for row in (start, stop - 1):
+            assert torch.equal(run(part(whole, row, row + 1), device, ONE)[0], want[row - start])
 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_sequence_does_not_know_its_batch(window: int | None, device: torch.device) -> None:
-    lens = [(20, 90), (1, 33), (0, 5), (4, 4), (1, 300)]
-    case = make_case(lens, dim=64, page_size=16, window=window)
+    lens = [(9, 90), (1, 33), (0, 5), (4, 4), (1, 260)]
+    case = make_case(lens, heads=(2, 1), dim=64, page_size=64, window=window)
     together = run(case, device)
     cu = case.cu_seqlens_q.tolist()
     for s in range(len(lens)):
@@ -201,21 +199,20 @@ def test_one_key_gives_its_value(device: torch.device) -> None:
     torch.testing.assert_close(run(case, device)[0], want.expand(3, -1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 30.0, 1e4, 1e15])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 30.0, 1e15])
 def test_queries_of_any_size(size: float, device: torch.device) -> None:
-    # The larger they are, the fewer keys they see; what fp16 makes of them is seen by the oracle.
-    case = make_case([(6, 200)], bits=(8, 8), dim=64, page_size=16)
-    case.q = (case.q.half() * size).float() if size < 1e3 else case.q.half().float() * size
+    case = make_case([(6, 100)], bits=(8, 8), dim=64, page_size=16)
+    case.q *= size
     got = run(case, device)
     assert got.isfinite().all()
-    if size <= 30:
-        assert_close(got, oracle(case), 5e-3)
+    if size < 1e15:  # whose softmax picks a key that rounding may choose
+        assert_close(got, oracle(case), 5e-2 if size > 1 else CODES_ERROR)
 
 
 @pytest.mark.parametrize("scale", [6e-8, 1e-4, 4000.0])
 def test_values_of_any_size_behind_one_large_score(scale: float, device: torch.device) -> None:
     """One key has nearly all the weight; what thousands of others add is not lost in fp16."""
-    tokens = 2000
+    tokens = 1000
     case = make_case([(1, tokens)], bits=(8, 4), heads=(1, 1), dim=16, page_size=64)
     pages = case.pages
     pages.k_codes.zero_()
