@@ -1,5 +1,6 @@
 """Machine code of Triton kernels without a GPU: compiled elsewhere, taken apart here."""
 
+import inspect
 import json
 import os
 import re
@@ -12,10 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ARCHS = (80, 89, 90)  # A100; L40S and RTX 40; H100 and H200
 # What one thread block may hold, in bytes (CUDA's programming guide, compute capabilities).
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 _ROOT = Path(__file__).parents[2]
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -35,6 +48,22 @@ class Kernel:
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] | None = None
+
+    @classmethod
+    def launched(cls, kernel: Any, *args: Any, **named: Any) -> "Kernel":
+        """What ``kernel[grid](*args, **named)`` compiles; tensors may be anywhere."""
+        parameters = inspect.signature(kernel.fn).parameters
+        given = dict(zip(parameters, args, strict=False)) | named
+        types, constants = {}, {}
+        for name, parameter in parameters.items():
+            value = given.pop(name)
+            if value is None or "constexpr" in str(parameter.annotation):
+                constants[name] = value
+            elif isinstance(value, torch.Tensor):
+                types[name] = "*" + _TYPES[value.dtype]
+            else:
+                types[name] = "fp32" if isinstance(value, float) else "i32"
+        return cls(f"{kernel.fn.__module__}:{kernel.fn.__name__}", types, constants, given)
 
     def job(self, arch: int) -> dict[str, Any]:
         """What the compiling process reads."""
@@ -105,6 +134,11 @@ class Code:
     def spills(self) -> int:
         """Loads from and stores to a thread's local memory."""
         return self.count("STL") + self.count("LDL")
+
+    @property
+    def hazards(self) -> list[Instruction]:
+        """See ``overwritten``; a loop's end also meets its beginning."""
+        return overwritten(self.sass) + [i for loop in self.loops() for i in overwritten(2 * loop)]
 
     def loops(self) -> Iterator[tuple[Instruction, ...]]:
         """The instructions between each backward branch and its target."""

@@ -18,7 +18,6 @@ def test_the_docstring_example() -> None:
     assert batch.kv_lens.tolist() == [3, 5]
     assert batch.cu_seqlens_q.tolist() == [0, 3, 8]
     assert (batch.num_pages, batch.num_tokens) == (3, 8)
-    assert batch.last_rows.tolist() == [2, 7]
     dtypes = {batch.page_table.dtype, batch.kv_lens.dtype, batch.cu_seqlens_q.dtype}
     assert dtypes == {torch.int32}
     assert {batch.input_ids.dtype, batch.positions.dtype, batch.slots.dtype} == {torch.int64}

@@ -69,14 +69,6 @@ class Batch:
         """Pages a pool must have for this batch: its highest page id + 1."""
         return int(self.page_table.max()) + 1 if self.page_table.numel() else 0
 
-    @property
-    def last_rows(self) -> Tensor:
-        """int64 [S]: the last row of each sequence, whose logits say the next token.
-
-        Meaningless for sequences without rows.
-        """
-        return self.cu_seqlens_q[1:].to(torch.int64) - 1
-
     @classmethod
     def build(
         cls,

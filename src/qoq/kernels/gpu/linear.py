@@ -14,7 +14,7 @@ from qoq.formats.weights import PackedWeight
 from qoq.kernels.act_quant import Activation
 from qoq.kernels.gpu.backend import unsupported as unsupported_device
 from qoq.kernels.gpu.tiles import BAND, Tiles, tile
-from qoq.kernels.gpu.tilings import MOST_TOKEN_TILES, Gpu, Shape, Tiling, choose
+from qoq.kernels.gpu.tilings import LEAST_ROWS, MOST_TOKEN_TILES, Gpu, Shape, Tiling, choose
 from qoq.kernels.prepared import PreparedWeight
 
 MULTIPLE = 32  # input channels: rows of codes are read in whole vectors
@@ -119,8 +119,8 @@ class GpuWeight(PreparedWeight):
 def prepare(weight: PackedWeight) -> GpuWeight:
     """Canonical to tile order, on the device where the weight lies."""
     parts = tile(weight)
-    bands = parts.tiles.shape[0]
-    counters = parts.tiles.new_zeros(2 * bands * MOST_TOKEN_TILES, dtype=torch.int32)
+    most = parts.tiles.shape[0] * (BAND // LEAST_ROWS) * MOST_TOKEN_TILES
+    counters = parts.tiles.new_zeros(most, dtype=torch.int32)
     return GpuWeight(parts, counters, weight.shape, weight.format)
 
 

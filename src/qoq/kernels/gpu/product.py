@@ -16,28 +16,30 @@ def low_codes(pairs, scale, offset, INTERPRETED: tl.constexpr):
     ``pairs`` uint8. ``offset`` repeats its byte four times: four codes are scaled and shifted by
     one multiply-add of their 32-bit word, which no byte of it ever carries out of.
     """
-    if INTERPRETED:
+    if INTERPRETED:  # the interpreter knows no assembly
         codes = pairs & 15
         if scale is not None:
             codes = (codes * scale + offset).to(tl.uint8) ^ 128
-        return codes.to(tl.int8, bitcast=True)
-    if scale is None:
-        return tl.inline_asm_elementwise(
+        codes = codes.to(tl.int8, bitcast=True)
+    elif scale is None:
+        codes = tl.inline_asm_elementwise(
             "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [pairs], dtype=tl.int8, is_pure=True, pack=4
         )
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 codes;
-        and.b32 codes, $1, 0x0F0F0F0F;
-        mad.lo.u32 codes, codes, $2, $6;
-        xor.b32 $0, codes, 0x80808080;
-        }""",
-        "=r,r,r,r,r,r,r,r,r,r",
-        [pairs, scale, offset],
-        dtype=tl.int8,
-        is_pure=True,
-        pack=4,
-    )
+    else:
+        codes = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 codes;
+            and.b32 codes, $1, 0x0F0F0F0F;
+            mad.lo.u32 codes, codes, $2, $6;
+            xor.b32 $0, codes, 0x80808080;
+            }""",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [pairs, scale, offset],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes
 
 
 @triton.jit
@@ -49,25 +51,27 @@ def high_codes(pairs, scale, offset, INTERPRETED: tl.constexpr):
             codes = pairs & 240
         else:
             codes = ((pairs >> 4) * scale + offset).to(tl.uint8) ^ 128
-        return codes.to(tl.int8, bitcast=True)
-    if scale is None:
-        return tl.inline_asm_elementwise(
+        codes = codes.to(tl.int8, bitcast=True)
+    elif scale is None:
+        codes = tl.inline_asm_elementwise(
             "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [pairs], dtype=tl.int8, is_pure=True, pack=4
         )
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 codes;
-        shr.u32 codes, $1, 4;
-        and.b32 codes, codes, 0x0F0F0F0F;
-        mad.lo.u32 codes, codes, $2, $6;
-        xor.b32 $0, codes, 0x80808080;
-        }""",
-        "=r,r,r,r,r,r,r,r,r,r",
-        [pairs, scale, offset],
-        dtype=tl.int8,
-        is_pure=True,
-        pack=4,
-    )
+    else:
+        codes = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 codes;
+            shr.u32 codes, $1, 4;
+            and.b32 codes, codes, 0x0F0F0F0F;
+            mad.lo.u32 codes, codes, $2, $6;
+            xor.b32 $0, codes, 0x80808080;
+            }""",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [pairs, scale, offset],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes
 
 
 @triton.jit
@@ -143,8 +147,9 @@ def product(
     TURNS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     EVEN: tl.constexpr = STEPS % SPLITS == 0
     CHANNELS: tl.constexpr = 2 * ROWS if PAIRED else ROWS
+    WHOLE: tl.constexpr = N % (2 * BAND if PAIRED else BAND) == 0
     token_tiles = tl.cdiv(m, TOKENS)
-    row_tiles = tl.cdiv(N, CHANNELS)
+    row_tiles = tl.cdiv(N, 2 * BAND if PAIRED else BAND) * (BAND // ROWS)
     tile = tl.program_id(0)
     before = tile // (CROWD * row_tiles) * CROWD
     crowd = tl.minimum(token_tiles - before, CROWD)
@@ -195,27 +200,25 @@ def product(
 
     last = True
     if SPLITS > 1:
+        share = tl.program_id(1)
         inner = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         partials += tile.to(tl.int64) * (SPLITS * CHANNELS * TOKENS)
-        mine = partials + tl.program_id(1) * (CHANNELS * TOKENS) + inner
-        tl.store(mine, low)
+        at = partials + share * (CHANNELS * TOKENS) + inner
+        tl.store(at, low)
         if PAIRED:
-            tl.store(mine + ROWS * TOKENS, high)
+            tl.store(at + ROWS * TOKENS, high)
         # All threads' sums are stored before one of them counts this program in. Integers: the
         # order in which programs arrive does not matter. The last one leaves the counter at zero.
         tl.debug_barrier()
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             tl.store(counters + tile, 0)
-            low = tl.zeros((ROWS, TOKENS), tl.int32)
-            high = tl.zeros((ROWS, TOKENS), tl.int32)
-            for split in range(SPLITS):
-                at = partials + split * (CHANNELS * TOKENS) + inner
+            for turn in range(1, SPLITS):
+                at = partials + (share + turn) % SPLITS * (CHANNELS * TOKENS) + inner
                 low += tl.load(at, cache_modifier=".cg")
                 if PAIRED:
                     high += tl.load(at + ROWS * TOKENS, cache_modifier=".cg")
     if last:
-        WHOLE: tl.constexpr = N % CHANNELS == 0
         channel = first_row + tl.arange(0, ROWS)
         if PAIRED:
             channel += first_row // BAND * BAND

@@ -7,18 +7,23 @@ shapes alone, and integer sums make every choice give the same result.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-# Rows of tokens are counted up to one of these, so that few kernels are ever compiled.
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+from qoq.kernels.gpu.tiles import BAND
+
+# Tokens are counted up to one of these, so that few kernels are ever compiled.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 1 << 16)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+LEAST_ROWS = 64
 MOST_TOKEN_TILES = 8  # that an output split over programs may have: it has a counter for each
 
-# Clocks, and bytes per clock and SM; from data sheets and microbenchmarks of H100 and A100.
-_L2_BYTES = 40.0
-_MEMORY_BYTES = 18.0
-_FILL, _STEP_LATENCY, _MEET = 2000, 400, 1500
+# Estimates, none of them measured here: bytes per clock that reach an SM from L2 and from memory;
+# clocks to unpack 8 KB of nibbles, until a program's first step, of a step alone on its SM, and
+# until programs have met; how much of what runs side by side still adds up.
+_L2_BYTES, _MEMORY_BYTES = 32.0, 18.0
+_UNPACK, _FILL, _STEP, _MEET = 200, 2000, 400, 1500
+_UNHIDDEN = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ class Tiling:
         return self.rows * 8 // bits
 
     def outputs(self, m: int, n: int, bits: int) -> int:
-        """Tiles of an output [m, n]."""
-        return -(-m // self.tokens) * -(-n // self.channels(bits))
+        """Tiles of an output [m, n]: of all bands, whole."""
+        bands = -(-n // (BAND * 8 // bits))
+        return -(-m // self.tokens) * bands * (BAND // self.rows)
 
 
 # tokens, rows, warps, stages of 128 input channels: none of them spills registers.
@@ -98,17 +104,20 @@ def shared_bytes(tiling: Tiling, shape: Shape) -> int:
     return max(tiling.stages * step, 4 * tiling.tokens * (tiling.rows + 4)) + 1024
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(m: int, shape: Shape, gpu: Gpu) -> Tiling:
-    """The tiling for m rows of activations (counted up to a bucket), of least estimated time."""
-    m = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
+    """The tiling for m rows of activations, of least estimated time."""
+    return _choose(next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1]), shape, gpu)
+
+
+@functools.cache
+def _choose(m: int, shape: Shape, gpu: Gpu) -> Tiling:
     candidates = [
-        Tiling(t.tokens, t.rows, t.warps, t.stages, splits)
-        for t in tilings(shape, gpu)
+        replace(tiling, splits=splits)
+        for tiling in tilings(shape, gpu)
         for splits in SPLITS
-        if splits == 1 or (splits <= shape.steps and -(-m // t.tokens) <= MOST_TOKEN_TILES)
+        if splits == 1 or (splits <= shape.steps and -(-m // tiling.tokens) <= MOST_TOKEN_TILES)
     ]
-    return min(candidates, key=lambda t: clocks(t, m, shape, gpu))
+    return min(candidates, key=lambda tiling: clocks(tiling, m, shape, gpu))
 
 
 def clocks(tiling: Tiling, m: int, shape: Shape, gpu: Gpu) -> float:
@@ -116,18 +125,22 @@ def clocks(tiling: Tiling, m: int, shape: Shape, gpu: Gpu) -> float:
     channels = tiling.channels(shape.bits)
     programs = tiling.outputs(m, shape.n, shape.bits) * tiling.splits
     turns = -(-shape.steps // tiling.splits)
-    step_bytes = (tiling.rows + tiling.tokens) * shape.width
-    step = max(channels * tiling.tokens * shape.width / gpu.macs, step_bytes / _L2_BYTES)
+    parts = (
+        channels * tiling.tokens * shape.width / gpu.macs,
+        (tiling.rows + tiling.tokens) * shape.width / _L2_BYTES,
+        # Where warps outnumber the 16-row slices of a tile, several unpack the same bytes.
+        max(tiling.rows, 16 * tiling.warps) * shape.width / 8192 * _UNPACK * (shape.bits == 4),
+    )
+    step = (1 - _UNHIDDEN) * max(parts) + _UNHIDDEN * sum(parts)
     busy = -(-programs // gpu.sms) * turns * step
     weights = shape.n * shape.k * shape.bits / 8 / (_MEMORY_BYTES * gpu.sms)
-    # Programs side by side on an SM hide each other's waiting; a register file holds 16 warps of
-    # 128 registers.
+    # Programs side by side on an SM hide each other's waiting; its registers hold 16 warps of ours.
     together = min(gpu.shared // (shared_bytes(tiling, shape) + 1024), 16 // tiling.warps) or 1
-    waves = -(-programs // (gpu.sms * together))
-    chain = waves * (_FILL + turns * _STEP_LATENCY)
+    chain = -(-programs // (gpu.sms * together)) * (_FILL + turns * _STEP)
     meet = 0.0
     if tiling.splits > 1:
         tile_bytes = 4 * channels * tiling.tokens
-        moved = programs / gpu.sms * tile_bytes + (tiling.splits + 1) * tile_bytes
+        # Each stores its sums; the last to arrive reads those of the others.
+        moved = (-(-programs // gpu.sms) + tiling.splits - 1) * tile_bytes
         meet = _MEET + moved / _L2_BYTES
     return max(busy, weights, chain) + meet
