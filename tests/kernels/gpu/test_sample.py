@@ -4,13 +4,15 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.sampling_params import random_params
 from helpers.triton_code import ARCHS, Compiler, Kernel
-from qoq.kernels.gpu.sample import CHUNK, LARGEST, sample, unsupported
+from qoq.kernels.gpu.sample import CHUNK, LARGEST, _mass_of_top, sample, unsupported
 from qoq.kernels.sample import SamplingBatch, sample_oracle
 
 FEW = settings(max_examples=12)
@@ -50,6 +52,29 @@ def test_ids_are_the_oracles(
         logits[torch.rand(rows, vocab) < 0.5] = -torch.inf
         logits[:, 0] = 1.0
     compare(logits.to(device), random_params(rows, device=device))
+
+
+@triton.jit
+def mass_kernel(logits, tops, top_ks, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    args = logits + row * VOCAB, tl.load(tops + row), tl.full([], 2.0, tl.float32)
+    tl.store(out + row, _mass_of_top(tl.load(top_ks + row), *args, VOCAB, BLOCK))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_mass_of_the_first_ranks(device: torch.device, ties: bool) -> None:
+    vocab = 300
+    logits = torch.randn(5, vocab, device=device) * 3
+    if ties:
+        logits = logits.round()
+    top_ks = torch.tensor([1, 2, 17, vocab - 1, vocab], device=device)
+    out = torch.empty(5, dtype=torch.float64, device=device)
+    tops = logits.amax(1)
+    mass_kernel[5,](logits, tops, top_ks, out, VOCAB=vocab, BLOCK=128)
+    ranked = logits.double().sort(dim=1, descending=True).values
+    weights = ((ranked - ranked[:, :1]) / 2).exp()
+    want = [weights[row, :k].sum() for row, k in enumerate(top_ks.tolist())]
+    torch.testing.assert_close(out, torch.stack(want), rtol=1e-6, atol=0)
 
 
 def test_a_large_vocabulary(device: torch.device) -> None:
