@@ -34,7 +34,9 @@ def faithful() -> Iterator[None]:
     def rounding_cast(self: Any, handle: Any, dtype: Any) -> Any:
         if handle.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
             numbers = torch.from_numpy(np.ascontiguousarray(handle.data)).bfloat16()
-            return interpreter.TensorHandle(numbers.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+            return interpreter.TensorHandle(
+                numbers.view(torch.int16).numpy().view(np.uint16), tl.bfloat16
+            )
         return cast(self, handle, dtype)
 
     def dot(self: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
@@ -43,7 +45,9 @@ def faithful() -> Iterator[None]:
                 np.matmul(a.data, b.data, dtype=c.data.dtype) + c.data, c.dtype.scalar
             )
         left, right = (
-            (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+            (x.data.astype(np.uint32) << 16).view(np.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x.data
             for x in (a, b)
         )
         total = c.data

@@ -44,7 +44,9 @@ def operand(
 @triton.jit
 def packed(ASSEMBLY: tl.constexpr, words):
     """One instruction on two 16-bit words at a time."""
-    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+    )
 
 
 @triton.jit

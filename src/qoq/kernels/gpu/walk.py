@@ -49,7 +49,9 @@ def rescale(old, new):
 
 
 @triton.jit
-def products(words, x0, x1, x2, x3, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr):
+def products(
+    words, x0, x1, x2, x3, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr
+):
     """Codes of one tile of pages, part by part, times x: one sum."""
     y = tl.dot(operand(words, 0, BITS, SUBNORMAL, PLAIN), x0)
     if BITS <= 8:
@@ -62,12 +64,41 @@ def products(words, x0, x1, x2, x3, BITS: tl.constexpr, SUBNORMAL: tl.constexpr,
 
 @triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
 def attend(
-    q, k_codes, k_scale, k_offset, v_codes, v_scale, v_offset, page_table, kv_lens, cu_seqlens,
-    out, tops, sums, rows, sequences, max_pages, slots, window, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, WINDOWED: tl.constexpr, SPREAD: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr,
+    q,
+    k_codes,
+    k_scale,
+    k_offset,
+    v_codes,
+    v_scale,
+    v_offset,
+    page_table,
+    kv_lens,
+    cu_seqlens,
+    out,
+    tops,
+    sums,
+    rows,
+    sequences,
+    max_pages,
+    slots,
+    window,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SPREAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     SHARING: tl.constexpr = HEADS // KV_HEADS
     GROUPS: tl.constexpr = (SHARING + GROUP - 1) // GROUP
@@ -154,7 +185,11 @@ def attend(
                 place = (page * KV_HEADS + kv_head) * PAGE + t % PAGE
                 place = tl.max_contiguous(tl.multiple_of(place, 16), 16)
 
-            keys = k_codes + base * (DIM // K_PARTS) + (place[:, None] * (DIM // K_PARTS) + k_word[None, :])
+            keys = (
+                k_codes
+                + base * (DIM // K_PARTS)
+                + (place[:, None] * (DIM // K_PARTS) + k_word[None, :])
+            )
             if K_WORDS * K_PARTS == DIM:
                 words = tl.load(keys)
             else:
@@ -169,7 +204,11 @@ def attend(
                 hidden |= t[:, None] <= position[None, :] - window
             y = tl.where(hidden, NOTHING, y)
 
-            values = v_codes + base * (DIM // V_PARTS) + (place[None, :] * (DIM // V_PARTS) + v_word[:, None])
+            values = (
+                v_codes
+                + base * (DIM // V_PARTS)
+                + (place[None, :] * (DIM // V_PARTS) + v_word[:, None])
+            )
             if V_BITS == 16:
                 words = tl.load(values, mask=seen[None, :] & (v_word < DIM)[:, None], other=0.0)
             elif V_WORDS * V_PARTS == DIM:
@@ -222,7 +261,9 @@ def attend(
             old, new = rescale(all_top, new_top), rescale(top, new_top)
             all_top = new_top
             all_sum = tl.fma(p_sum, new, all_sum * old)
-            earlier = tl.load(out + tile * DIM + spot, mask=inside & (split > first_split), other=0.0)
+            earlier = tl.load(
+                out + tile * DIM + spot, mask=inside & (split > first_split), other=0.0
+            )
             total = tl.fma(mixed, new[None, :], earlier * old[None, :])
             if split == last_split - 1:
                 total *= tl.where(all_sum == 0, 0.0, 1.0 / all_sum)[None, :]
@@ -232,9 +273,23 @@ def attend(
 
 @triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
 def merge(
-    partial, tops, sums, kv_lens, cu_seqlens, out, rows, sequences, max_pages, slots, window,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    partial,
+    tops,
+    sums,
+    kv_lens,
+    cu_seqlens,
+    out,
+    rows,
+    sequences,
+    max_pages,
+    slots,
+    window,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out [row, head] from its splits in order, as ``attend`` folds them where it walks them all."""
     sequence, row, stop, before = locate(
