@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.options import JSON, OVERWRITE_FILE
+from qoq.cli.options import DEVICE, JSON, OVERWRITE_FILE
 from qoq.cli.terminal import bar, duration, emit, note, verb
 
 
@@ -26,6 +26,7 @@ def run_batch(
     kv_tokens: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache. Default: as free memory allows.")
     ] = None,
+    device: DEVICE = "auto",
     overwrite: OVERWRITE_FILE = False,
     json: JSON = False,
 ) -> None:
@@ -51,7 +52,7 @@ def run_batch(
     with Results(output_file, overwrite=overwrite) as results:
         if results.resumed and not json:
             note(f"{results.resumed} answers are there already.")
-        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens)
+        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens, device=device)
         engine = llm.new_engine()
         start = time.monotonic()
         with bar("requests", quiet=json) as progress:
