@@ -129,7 +129,7 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
 
 
 def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
-    wanted = SpeculativeConfig(4, prompt_lookup_max=5)
+    wanted = SpeculativeConfig(4, prompt_lookup_max=5, prompt_lookup_min=5)
     given = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5}'
     refusal("serve", "M", "--speculative_config", given)
     assert asked["options"].speculative == wanted

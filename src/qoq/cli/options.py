@@ -89,8 +89,7 @@ def mapping(value: str | dict[str, Any]) -> dict[str, Any]:
 
 SPECULATIVE_HELP = (
     "Guess tokens from what stands in the prompt and the text; no answer changes, repetitive ones "
-    'come sooner: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, '
-    '"prompt_lookup_min": 1}.'
+    'come sooner: {"method": "ngram", "num_speculative_tokens": 4}.'
 )
 SPECULATIVE = Annotated[
     dict[str, Any] | None, typer.Option(parser=mapping, metavar="JSON", help=SPECULATIVE_HELP)

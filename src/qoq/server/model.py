@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from qoq.api.calling import ToolCalling, check_parser
-from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
+from qoq.api.sampling import sampling_defaults
 from qoq.engine.engine import Engine
 from qoq.engine.speculative import SpeculativeConfig, guesser
-from qoq.errors import RequestError, ResourceError, SourceError
+from qoq.errors import RequestError, ResourceError
 from qoq.formats.scheme import QuantScheme
 from qoq.kernels.device import choose_device
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
@@ -21,7 +21,6 @@ from qoq.tokenizer import ChatTemplate, Tokenizer
 
 PAGE_SIZE = 64
 _LOG = logging.getLogger("qoq.server")
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,10 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     choice = choose_device(options.device, options.backend)
     loaded = load_model(model, backend=options.backend, device=choice.device)
     tokenizer = Tokenizer.load(loaded.path)
-    tool_template = _template(tokenizer, options.chat_template, tools=True)
     tools = ToolCalling.of_model(
         tokenizer,
-        tool_template.source if tool_template else None,
         loaded.config.model_type,
+        template=options.chat_template,
         parser=options.tool_call_parser,
         auto=options.enable_auto_tool_choice,
     )
@@ -128,7 +126,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         scheme=loaded.scheme,
         tokenizer=tokenizer,
         template=_template(tokenizer, options.chat_template),
-        tool_template=tool_template,
+        tool_template=_template(tokenizer, options.chat_template, tools=True),
         tools=tools,
         engine=engine,
         pool=pool,
@@ -198,20 +196,3 @@ def _template(
         return tokenizer.chat_template(source, tools=tools)
     except RequestError:
         return None
-
-
-def sampling_defaults(folder: Path, choice: str) -> dict[str, float]:
-    """temperature, top_p, ... of a folder's generation_config.json, where it has them."""
-    if choice == "vllm":
-        return {}
-    file = (folder if choice == "auto" else Path(choice)) / GENERATION_CONFIG
-    if not file.is_file():
-        if choice == "auto":
-            return {}
-        raise SourceError(f"--generation-config: there is no {file}.")
-    values = read_generation_config(file)
-    found = {name: values[name] for name in _DEFAULTS if values.get(name) is not None}
-    wrong = [n for n, v in found.items() if isinstance(v, bool) or not isinstance(v, int | float)]
-    if wrong:
-        raise SourceError(f"{file}: {wrong[0]} is not a number. Mend it or use another folder.")
-    return found

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.triton_code import Compiler
+from helpers.triton_interpreter import faithful_interpreter
 from qoq.kernels.gpu.backend import missing
 
 CUDA = torch.cuda.is_available()  # as tests/conftest.py asks before it turns the interpreter on
@@ -47,3 +48,10 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def faithful() -> Iterator[None]:
+    """The interpreter, where it stands in for a GPU, computes as one does."""
+    with faithful_interpreter():
+        yield

@@ -5,11 +5,22 @@ but cannot honour yet are refused by name (``unsupported``); ranges of numbers a
 matter.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from qoq.errors import RequestError
 
 TokenIds = list[StrictInt]
+DEFAULT_MAX_TOKENS = 16  # of completions
 _INT64 = 1 << 63
 
 
@@ -17,6 +28,14 @@ class Body(BaseModel):
     """Base of all requests."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> Self:
+        """A request from what JSON says; RequestError naming the first field that is wrong."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise complaint(error.errors(include_input=False, include_url=False)) from None
 
 
 class StreamOptions(Body):
@@ -226,6 +245,18 @@ class ResponsesRequest(Body):
     priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     top_logprobs: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+
+def complaint(details: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The first of pydantic's complaints; inputs are not repeated, they may be anything."""
+    first = details[0] if details else {}
+    where = [str(part) for part in first.get("loc", ()) if part != "body"]
+    message = str(first.get("msg", "malformed")).removeprefix("Value error, ")
+    if where:
+        return RequestError(f"{'.'.join(where)}: {message}.", param=where[0])
+    if first.get("type") == "value_error":  # fields that do not go together
+        return RequestError(f"{message}.")
+    return RequestError(f"The body must be a JSON object: {message}.")
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
