@@ -51,11 +51,12 @@ def speaker(
     choices: Choices,
     speculative: Mapping[str, Any] | None = None,
     *,
+    device: str = "auto",
     quiet: bool = False,
 ) -> Speaker:
     """The server at ``base_url`` (``model`` is then a name it knows), or ``model`` loaded here.
 
-    speculative: how a model that is loaded here guesses tokens.
+    speculative: how a model that is loaded here guesses tokens; device: where that runs.
     """
     from qoq.errors import RequestError
 
@@ -75,7 +76,7 @@ def speaker(
     from qoq.llm import LLM
 
     params = SamplingParams(**choices.given())  # bad values are refused before a model is loaded
-    return Local(LLM(model, speculative_config=speculative), params)
+    return Local(LLM(model, speculative_config=speculative, device=device), params)
 
 
 class Remote:
