@@ -15,7 +15,7 @@ from qoq.cli.bench import (
     origin,
     what_runs,
 )
-from qoq.cli.options import JSON, THREADS, use_threads
+from qoq.cli.options import DEVICE, JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, verb
 
 
@@ -32,6 +32,7 @@ def latency(
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Requests at once.")] = 1,
     num_iters: Annotated[int, typer.Option(help="Runs to time.")] = 5,
     num_iters_warmup: Annotated[int, typer.Option(help="Runs ahead of those.")] = 1,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -42,16 +43,18 @@ def latency(
         qoq bench latency --shape llama-3.2-1b --prompt-len 512 --output-len 64 --batch 8
 
     --json prints: batch, prompt_len, output_len, iterations, ttft_ms, step_ms and e2el_ms (each
-    with mean, p50, p90, p99, max), model or shape, scheme, layers, isa, threads, command, commit,
-    hardware.
+    with mean, p50, p90, p99, max), model or shape, scheme, layers, device, isa, threads, command,
+    commit, hardware.
     """
     from qoq.bench.latency import run
     from qoq.errors import RequestError
+    from qoq.kernels.device import choose_device
 
     if min(prompt_len, batch, num_iters) < 1 or output_len < 2 or num_iters_warmup < 0:
         raise RequestError("prompt-len, batch and num-iters must be 1 or more, output-len 2.")
     use_threads(threads)
-    decoder, parsed, what = measured(model, shape, scheme, layers, quiet=json)
+    where = choose_device(device)
+    decoder, parsed, what = measured(model, shape, scheme, layers, where, quiet=json)
     check_context(decoder, prompt_len, output_len)
     with bar("runs", quiet=json) as progress:
         result = run(
@@ -69,7 +72,7 @@ def latency(
         "scheme": parsed.name,
         "layers": decoder.config.num_layers,
         **result.to_dict(),
-        **what_runs(),
+        **what_runs(where),
         **origin(),
     }
     if json:

@@ -18,6 +18,13 @@ THREADS = Annotated[
     int | None,
     typer.Option(help="Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."),
 ]
+DEVICE = Annotated[
+    str,
+    typer.Option(
+        help="Where it runs: cpu, cuda, cuda:N or auto (a GPU that our kernels run on, if there is "
+        "one)."
+    ),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, no more.")]
 CALIBRATION = Annotated[
     str,

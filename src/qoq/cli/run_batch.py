@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.options import JSON, OVERWRITE_FILE, THREADS, use_threads
+from qoq.cli.options import DEVICE, JSON, OVERWRITE_FILE, THREADS, use_threads
 from qoq.cli.terminal import bar, duration, emit, note, verb
 
 
@@ -34,6 +34,7 @@ def run_batch(
     kv_tokens: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache. Default: as free memory allows.")
     ] = None,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     overwrite: OVERWRITE_FILE = False,
     json: JSON = False,
@@ -65,7 +66,7 @@ def run_batch(
     with Results(output_file, overwrite=overwrite) as results:
         if results.resumed and not json:
             note(f"{results.resumed} answers are there already.")
-        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens)
+        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens, device=device)
         engine = llm.new_engine()
         read_by = Model(
             name=served_model_name or model,

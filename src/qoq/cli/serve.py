@@ -142,8 +142,19 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = 600.0,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, cuda:N or auto: a GPU that our kernels run on, if there is one.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="No CUDA graphs.", rich_help_panel=_ENGINE),
+    ] = False,
     backend: Annotated[
-        str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
+        str, typer.Option(help="auto, cpu, gpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
     threads: THREADS = None,
     shutdown_timeout: Annotated[
@@ -253,6 +264,8 @@ def serve(
         speculative=SpeculativeConfig.of(speculative_config),
         tool_call_parser=tool_call_parser,
         enable_auto_tool_choice=enable_auto_tool_choice,
+        device=device,
+        enforce_eager=enforce_eager,
         backend=backend,
     )
     transport = Transport(

@@ -53,11 +53,12 @@ def speaker(
     choices: Choices,
     speculative: Mapping[str, Any] | None = None,
     *,
+    device: str = "auto",
     quiet: bool = False,
 ) -> Speaker:
     """The server at ``base_url`` (``model`` is then a name it knows), or ``model`` loaded here.
 
-    speculative: how a model that is loaded here guesses tokens.
+    speculative: how a model that is loaded here guesses tokens; device: where that runs.
     """
     from qoq.errors import RequestError
 
@@ -78,7 +79,7 @@ def speaker(
     from qoq.llm import LLM
 
     SamplingParams(**choices.given())  # bad values are refused before a model is loaded
-    llm = LLM(model, speculative_config=speculative)
+    llm = LLM(model, speculative_config=speculative, device=device)
     return Local(llm, with_defaults(sampling_defaults(llm.path), **choices.given()))
 
 

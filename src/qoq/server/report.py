@@ -26,6 +26,7 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "model": str(model.path),
         "architecture": model.config.architecture,
         "scheme": str(model.scheme),
+        "device": model.device,
         "ops": engine.ops,
         "isa": engine.isa,
         "threads": engine.threads,
@@ -49,6 +50,7 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"qoq {facts['qoq_version']}",
         f"model: {facts['model']} ({facts['architecture']}, {facts['scheme']})",
+        f"device: {facts['device']}",
         *(f"{op}: {what}" for op, what in facts["ops"].items()),
         f"CPU kernels: {native}",
         f"KV cache: {tokens:,} tokens, {facts['kv_cache_bytes'] / 1e6:,.1f} MB",
