@@ -67,13 +67,14 @@ def test_every_kind_of_task_gives_the_engine_s_own_numbers(
     packed: Path, tasks: Path, tmp_path: Path
 ) -> None:
     saved, log = tmp_path / "out.json", tmp_path / "items.jsonl"
-    names = "tiny_endings,tiny_starts,tiny_documents,tiny_starts"
+    names = "tiny_answers,tiny_documents,tiny_starts"
     got = answer(
         *("eval", "lm", packed, "--tasks", names, "--include-path", tasks),
         *("--save", saved, "--log-samples", log),
     )
     assert got == json.loads(saved.read_text(encoding="utf-8"))
     assert (got["model"], got["scheme"]) == (str(packed), "w4a8kv4-g128")
+    assert got["groups"]["tiny_answers"]["acc,none"] == got["results"]["tiny_endings"]["acc,none"]
     assert got["n-samples"]["tiny_endings"] == {"original": 4, "effective": 4}
     items = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     llm = LLM(packed)

@@ -40,10 +40,15 @@ metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
   - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
 """
+_GROUP = """
+group: tiny_answers
+task: [tiny_endings, tiny_starts]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
 
 
 def write_tasks(folder: Path) -> Path:
-    """The tasks tiny_endings, tiny_starts and tiny_documents."""
+    """The tasks tiny_endings, tiny_starts, tiny_documents; the group tiny_answers of two."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows, rest in (
         ("tiny_endings", ENDINGS, _CHOICE),
@@ -57,6 +62,7 @@ def write_tasks(folder: Path) -> Path:
             f"dataset_kwargs: {{data_files: {{test: {data}}}}}"
         )
         (folder / f"{name}.yaml").write_text(head + rest, encoding="utf-8")
+    (folder / "tiny_answers.yaml").write_text(_GROUP, encoding="utf-8")
     return folder
 
 

@@ -152,12 +152,14 @@ def evaluate(
     import aiohttp
     import requests
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     with _to_stderr(quiet), _one_process(), _failures() as failures:
         try:
             found = simple_evaluate(
                 model=_client(asked),
                 tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),  # the tasks are loaded
                 limit=protocol.limit,
                 num_fewshot=protocol.num_fewshot,
                 system_instruction=protocol.system_instruction,
