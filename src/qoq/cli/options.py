@@ -14,10 +14,8 @@ ANY_MODEL = Annotated[
         metavar="MODEL", help="Packed checkpoint, or a full-precision folder or hub id."
     ),
 ]
-THREADS = Annotated[
-    int | None,
-    typer.Option(help="Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."),
-]
+THREADS_HELP = "Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."
+THREADS = Annotated[int | None, typer.Option(help=THREADS_HELP)]
 DEVICE = Annotated[
     str,
     typer.Option(
@@ -69,7 +67,7 @@ MAYBE_MODEL = Annotated[
         show_default=False,
     ),
 ]
-_DEFAULT = " Default: the server's; of a model loaded here that of its generation_config.json, or "
+_DEFAULT = " Default: as the server or the model's generation_config.json says, else "
 MAYBE_TEMPERATURE = Annotated[
     float | None, typer.Option("--temperature", "--temp", help=f"0: greedy.{_DEFAULT}0.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, THREADS, mapping, use_threads
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, THREADS_HELP, mapping, use_threads
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -156,7 +156,7 @@ def serve(
     backend: Annotated[
         str, typer.Option(help="auto, cpu, gpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
-    threads: THREADS = None,
+    threads: Annotated[int | None, typer.Option(help=THREADS_HELP, rich_help_panel=_ENGINE)] = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
