@@ -69,6 +69,8 @@ class Prompts:
         """Ids of a text, or the ids given once they are found to be of this vocabulary."""
         if isinstance(prompt, str):
             return await self.encode(prompt, special=special)
+        if len(prompt) >= self.max_model_len:  # before each of a million is looked at
+            raise self._too_long(str(len(prompt)))
         self.check_ids(prompt, "prompt")
         return list(prompt)
 
