@@ -116,8 +116,8 @@ class AsyncEngine:
         """Raise an APIError 400 for more texts than one request can ever have taken."""
         if texts > self._max_open:
             raise bad_request(
-                f"The request asks for {texts} texts; this server takes {self._max_open} at a time. "
-                "Send fewer prompts, or a smaller n, in one request."
+                f"The request asks for {texts} texts; this server takes {self._max_open} at a "
+                "time. Send fewer prompts, or a smaller n, in one request."
             )
 
     async def drain(self, timeout: float) -> bool:
