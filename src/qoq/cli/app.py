@@ -63,6 +63,8 @@ def root(
 
         qoq generate OUT --prompt "Once upon a time"
 
+        qoq serve OUT
+
     MODEL is a folder or a hub id. `qoq VERB --help` explains each verb; --json gives one JSON
     object on stdout, with everything else on stderr. Errors are one sentence and status 1.
     """

@@ -1,5 +1,6 @@
 """``qoq bench``: kernels against the machine's roof, whole models in tokens per second."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,13 +9,20 @@ from qoq.cli.options import DEVICE, JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 if TYPE_CHECKING:
+    import torch
+
+    from qoq.formats.scheme import QuantScheme
     from qoq.kernels.device import Choice
+    from qoq.models.decoder import Decoder
 
 SHAPE = Annotated[
     str, typer.Option(help="Shapes of a real model, such as llama-3.2-1b or llama-3-8b.")
 ]
 SCHEME = Annotated[str, typer.Option(help="w4a8kv4-g128, w4a8kv4, w8a8kv8, w4a8k8v4-g128, ...")]
 LAYERS = Annotated[int | None, typer.Option(help="Only this many layers. Default: all.")]
+MODEL = Annotated[
+    str | None, typer.Option(help="Measure this checkpoint or folder, not random weights.")
+]
 
 
 @verb()
@@ -99,6 +107,7 @@ def kernels(
 
 @verb()
 def throughput(
+    model: MODEL = None,
     shape: SHAPE = "llama-3.2-1b",
     scheme: SCHEME = "w4a8kv4-g128",
     layers: LAYERS = None,
@@ -124,10 +133,13 @@ def throughput(
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
-    """Tokens per second of a whole model with random weights of real shapes, through the engine.
+    """Tokens per second of a whole model through the engine, without a server.
 
-    The paper's protocol by default: 1024 tokens in, 512 out, the batch grown until throughput peaks
-    ("maximum achievable throughput").
+    Weights are random with the shapes of a real model, or those of --model. The paper's protocol by
+    default: 1024 tokens in, 512 out, the batch grown until throughput peaks ("maximum achievable
+    throughput").
+
+        qoq bench throughput --model OUT --prompt-len 256 --output-len 64
 
         qoq bench throughput --shape llama-3.2-1b --prompt-len 256 --output-len 32 --batch 32
 
@@ -135,16 +147,14 @@ def throughput(
 
     --json prints the best run: prefill_tok_s, decode_tok_s, output_tok_s, total_tok_s, batch,
     prompt_len, output_len, seconds, kv_cache_bytes, and device, isa, threads (of the CPU kernels),
-    peak_rss_bytes, shape, scheme, ablate, runs (every batch), command, commit, hardware.
+    peak_rss_bytes, model or shape, scheme, layers, ablate, runs (every batch), command, commit,
+    hardware.
     """
     import torch
 
     from qoq.bench.ablation import dequantize_linears
-    from qoq.bench.random_weights import random_decoder
-    from qoq.bench.shapes import config_of
     from qoq.bench.throughput import Throughput, grow, peak_rss_bytes, run
     from qoq.errors import RequestError
-    from qoq.formats.scheme import QuantScheme
     from qoq.kernels.device import choose_device
 
     if ablate not in (None, "linear"):
@@ -157,11 +167,11 @@ def throughput(
         need_kernels()
     use_threads(threads)
     runs_on = what_runs(where)
-    config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
-    if not json:
-        note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-    backend = "oracle" if ablate else "auto"
-    decoder = random_decoder(config, parsed, backend=backend, device=where.device)
+    kind = "oracle" if ablate else "auto"
+    decoder, parsed, what = measured(
+        model, shape, scheme, layers, backend=kind, device=where.device, quiet=json
+    )
+    check_context(decoder, prompt_len, output_len)
     if ablate:
         if on_cpu:
             torch.set_num_threads(runs_on["threads"])
@@ -185,10 +195,10 @@ def throughput(
         runs = [measure(batch)] if batch is not None else list(grow(measure, most))
     best = max(runs, key=lambda result: result.output_tok_s)
     facts = {
-        "shape": shape,
+        **what,
         "scheme": parsed.name,
         "ablate": ablate,
-        "layers": config.num_layers,
+        "layers": decoder.config.num_layers,
         **best.to_dict(),
         **runs_on,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -199,13 +209,61 @@ def throughput(
         emit(facts)
         return
     without = f" without our {ablate}" if ablate else ""
-    print(f"{shape}, {parsed.name}{without}, {machine(facts)}")
+    print(f"{headline(facts)}{without}")
     print("batch   prefill    decode    output     total  (tokens a second)")
     for result in runs:
         print(
             f"{result.batch:5} {result.prefill_tok_s:9.1f} {result.decode_tok_s:9.1f} "
             f"{result.output_tok_s:9.1f} {result.total_tok_s:9.1f}"
         )
+
+
+def measured(
+    model: str | None,
+    shape: str,
+    scheme: str,
+    layers: int | None,
+    *,
+    backend: str = "auto",
+    device: "torch.device | str" = "cpu",
+    quiet: bool = False,
+) -> tuple["Decoder", "QuantScheme", dict[str, str]]:
+    """What a bench of whole models runs and its name: ``model``, or random weights of ``shape``."""
+    from qoq.bench.random_weights import random_decoder
+    from qoq.bench.shapes import config_of
+    from qoq.errors import RequestError
+    from qoq.formats.scheme import QuantScheme
+    from qoq.models.load import load_model
+
+    if model is not None:
+        if layers is not None:
+            raise RequestError("--layers is for random weights; --model is measured whole.")
+        loaded = load_model(model, backend=backend, device=device)
+        return loaded.decoder, loaded.scheme, {"model": model}
+    parsed, config = QuantScheme.parse(scheme), config_of(shape, layers)
+    if not quiet:
+        note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
+    decoder = random_decoder(config, parsed, backend=backend, device=device)
+    return decoder, parsed, {"shape": shape}
+
+
+def check_context(decoder: "Decoder", prompt_len: int, output_len: int) -> None:
+    """Raise RequestError where requests of this size do not fit the model."""
+    from qoq.errors import RequestError
+
+    context = decoder.config.max_positions
+    if prompt_len + output_len > context:
+        raise RequestError(
+            f"{prompt_len} tokens in and {output_len} out are more than the model's context of "
+            f"{context}; lower --prompt-len or --output-len."
+        )
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """What was measured, on what."""
+    name = facts.get("model") or f"random weights of {facts['shape']}"
+    layers = f"{facts['layers']} layer" + ("s" if facts["layers"] != 1 else "")
+    return f"{name}, {layers}, {facts['scheme']}, {machine(facts)}"
 
 
 def need_kernels() -> None:
@@ -237,7 +295,7 @@ def what_runs(where: "Choice | None" = None) -> dict[str, Any]:
     return {"device": "cpu", "isa": backend().isa, "threads": backend().threads}
 
 
-def machine(facts: dict[str, Any]) -> str:
+def machine(facts: Mapping[str, Any]) -> str:
     """What ``what_runs`` says, for people."""
     on_cpu = facts["isa"] is not None
     return f"{facts['isa']}, {facts['threads']} threads" if on_cpu else str(facts["device"])
