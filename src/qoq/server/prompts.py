@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qoq.api.cut import Cut
-from qoq.api.messages import plain_message, shown_tools
+from qoq.api.messages import plain_messages, shown_tools
 from qoq.api.protocol import Message, SamplingFields
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
@@ -103,7 +103,7 @@ class Prompts:
         brings, in place of the model's.
         """
         chosen = self._chosen(template, with_tools=bool(tools))
-        plain = [plain_message(message) for message in messages]
+        plain = plain_messages(messages)
         return await asyncio.get_running_loop().run_in_executor(
             self._renderer,
             lambda: self._templates.render(
