@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 
 from qoq import __version__
-from qoq.cli.bench import kernels, throughput
+from qoq.cli.bench import kernels
 from qoq.cli.bench_crossover import crossover
 from qoq.cli.bench_engine import engine, invariance
 from qoq.cli.bench_latency import latency
 from qoq.cli.bench_serve import serve as bench_serve
+from qoq.cli.bench_throughput import throughput
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
 from qoq.cli.complete import complete

@@ -54,7 +54,7 @@ def latency(
         raise RequestError("prompt-len, batch and num-iters must be 1 or more, output-len 2.")
     use_threads(threads)
     where = choose_device(device)
-    decoder, parsed, what = measured(model, shape, scheme, layers, device=where.device, quiet=json)
+    decoder, parsed, what = measured(model, shape, scheme, layers, where, quiet=json)
     check_context(decoder, prompt_len, output_len)
     with bar("runs", quiet=json) as progress:
         result = run(
