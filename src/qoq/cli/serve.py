@@ -177,7 +177,7 @@ def serve(
             help="Largest body. All streams wait while one is parsed, up to 0.1 s a megabyte.",
             rich_help_panel=_HTTP,
         ),
-    ] = 8 << 20,
+    ] = 16 << 20,
     root_path: Annotated[
         str, typer.Option(help="Path a proxy puts before ours.", rich_help_panel=_HTTP)
     ] = "",
