@@ -11,10 +11,11 @@ ROOT = Path(qoq.__file__).parent
 # Top first. A part may import itself and everything at the levels below its own.
 LEVELS = (
     ("cli", "server", "llm", "batch", "bench", "evaluate"),
+    ("api",),
     ("engine", "quantize"),
     ("models",),
     ("checkpoint", "kvcache", "kernels", "tokenizer", "tools", "client"),
-    ("formats",),
+    ("formats", "child"),
     ("errors",),
 )
 LEVEL_OF = {part: depth for depth, level in enumerate(LEVELS) for part in level}

@@ -1,6 +1,5 @@
 """Benches of the engine: invariance holds on both backends, would be seen to fail, and overhead."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.packed import random_packed_tensors
-from helpers.tiny import write_tiny_llama
+from helpers.packed import write_random_packed
 from helpers.verbs import answer, refusal, run
 from qoq.bench.engine import step_time
 from qoq.bench.invariance import Invariance
-from qoq.checkpoint.manifest import make_manifest
-from qoq.checkpoint.writer import CheckpointWriter, companion_files
 from qoq.formats.kv import KVPages
-from qoq.formats.scheme import QuantScheme
 from qoq.kernels.cpu import backend as cpu
 from qoq.models.batch import Batch
-from qoq.models.config import ModelConfig
 from qoq.models.decoder import Decoder
 from qoq.models.load import load_model
 
@@ -30,17 +24,8 @@ needs_cpu = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing
 
 @pytest.fixture(scope="module", params=["w4a8kv4-g32", "w4a8k8v4", "w8a8kv8"])
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed checkpoint of random codes with a context of 512."""
-    base = tmp_path_factory.mktemp("packed")
-    write_tiny_llama(base / "source")
-    raw = json.loads((base / "source" / "config.json").read_text())
-    raw["max_position_embeddings"] = 512
-    scheme = QuantScheme.parse(request.param)
-    writer = CheckpointWriter(base / "out")
-    tensors = random_packed_tensors(ModelConfig.from_hf(raw), scheme)
-    tensors["model.norm.weight"] *= 0.01  # or every likeliest token has probability 1
-    writer.write_shard("model.safetensors", tensors)
-    return writer.finish(raw, make_manifest(scheme), companion_files(base / "source"))
+    folder = tmp_path_factory.mktemp("packed")
+    return write_random_packed(folder, request.param, norm=0.01)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu), "oracle"])
@@ -57,6 +42,8 @@ def test_no_bit_depends_on_the_batch(packed: Path, backend: str) -> None:
     assert all(trial.comparisons == len(LENGTHS) for trial in trials.values())
     assert trials["warm prefix cache"].cached_tokens == 32 + 288
     assert trials["thrown out at random"].preemptions > 0
+    guessed = trials["guesses, right and wrong"]
+    assert 0 < guessed.accepted_tokens < guessed.draft_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +82,10 @@ def test_a_leak_is_seen(packed: Path) -> None:
 def test_the_invariance_verb(packed: Path) -> None:
     options: list[Any] = ["--backend", "oracle", "--batches", "2", "--chunks", "100"]
     facts = answer("bench", "invariance", packed, *options)
-    assert facts["trials"][-1]["preemptions"] > 0  # a cache too small
+    assert facts["trials"][-2]["preemptions"] > 0  # a cache too small
+    assert facts["trials"][-1]["accepted_tokens"] > 0
     assert facts["mismatches"] == 0
-    assert facts["comparisons"] == sum(t["comparisons"] for t in facts["trials"]) == 5 * 6
+    assert facts["comparisons"] == sum(t["comparisons"] for t in facts["trials"]) == 6 * 6
 
 
 def test_the_engine_verb_and_its_rows() -> None:

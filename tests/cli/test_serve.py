@@ -9,6 +9,7 @@ import typer
 from helpers.verbs import refusal, run
 from qoq.cli import serve as module
 from qoq.cli.serve_command import count, read_config, several, spread
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError
 from qoq.server import model as served
 from qoq.server import run as running
@@ -86,6 +87,20 @@ def test_dashes_and_underscores(asked: dict[str, Any]) -> None:
         assert asked["options"].kv_memory_bytes == 1 << 30
 
 
+def test_tools(asked: dict[str, Any], tmp_path: Path) -> None:
+    def options(*line: str) -> tuple[str, bool | None]:
+        refusal("serve", "M", *line)
+        return asked["options"].tool_call_parser, asked["options"].enable_auto_tool_choice
+
+    assert options() == ("auto", None)
+    line = ("--tool-call-parser", "hermes", "--enable_auto_tool_choice")
+    assert options(*line) == ("hermes", True)
+    assert options("--no-enable-auto-tool-choice") == ("auto", False)
+    file = tmp_path / "serve.yaml"
+    file.write_text("tool-call-parser: mistral\nenable-auto-tool-choice: true\n")
+    assert options("--config", str(file)) == ("mistral", True)
+
+
 def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
@@ -98,8 +113,37 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
     options = asked["options"]
     assert (options.max_num_seqs, options.max_num_batched_tokens) == (6, 99)
     assert options.max_model_len == 8000
+    assert options.enable_prefix_caching is True
+    assert options.seed is None
     refusal("serve", "M", f"--config={file}")
     assert asked["model"] == "M"
+    file.write_text("enable-prefix-caching: false\nseed: -3\nengine-step-timeout: 7\n")
+    refusal("serve", "M", "--config", file)
+    assert asked["options"].enable_prefix_caching is False
+    assert asked["options"].seed == -3
+    refusal("serve", "M", "--config", file, "--enable_prefix_caching", "--seed", 4)
+    assert asked["options"].enable_prefix_caching is True
+    assert asked["options"].seed == 4
+    refusal("serve", "M", "--no-enable-prefix-caching")
+    assert asked["options"].enable_prefix_caching is False
+
+
+def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
+    wanted = SpeculativeConfig(4, prompt_lookup_max=5)
+    given = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5}'
+    refusal("serve", "M", "--speculative_config", given)
+    assert asked["options"].speculative == wanted
+    file = tmp_path / "serve.yaml"
+    file.write_text("speculative-config:\n  num_speculative_tokens: 4\n  prompt_lookup_max: 5\n")
+    refusal("serve", "M", "--config", file)
+    assert asked["options"].speculative == wanted
+    refusal("serve", "M")
+    assert asked["options"].speculative is None
+    assert "no 'modle'" in refusal(
+        "serve", "M", "--speculative-config", given[:-1] + ', "modle": 1}'
+    )
+    for bad in ("{", "3", "[4]"):
+        assert "JSON" in run("serve", "M", "--speculative-config", bad, status=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -112,6 +156,17 @@ def test_config_files_that_are_refused(text: str, says: str, tmp_path: Path) -> 
     assert says in refusal("serve", "M", "--config", file)
     with pytest.raises(RequestError):
         read_config(file, set())
+
+
+def test_options_of_other_engines_and_words_nearly_right() -> None:
+    for line, says in (
+        ("--dtype auto", "no --dtype here: the checkpoint says so"),
+        ("--tensor_parallel_size=2", "no --tensor-parallel-size here: one process"),
+        ("-tp 2", "no -tp here"),
+        ("--no-enable-chunked-prefill", "no --no-enable-chunked-prefill here: prompts are always"),
+    ):
+        assert says in refusal("serve", "M", *line.split(), status=2)
+    assert "--max-num-seqs" in run("serve", "M", "--max-num-seq", 3, status=2).stderr
 
 
 def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -135,3 +190,4 @@ def test_help_has_an_example() -> None:
     text = run("serve", "--help").stdout
     assert "qoq serve OUT" in text
     assert "--max-num-queued-reqs" in text
+    assert "--no-enable-prefix-caching" in text

@@ -4,14 +4,17 @@ import json
 import math
 import re
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.sampling import choose
 from helpers.tiny import EOS, write_byte_tokenizer, write_fallback_tokenizer
 from qoq.engine.request import Request, SamplingParams
 from qoq.engine.sampler import Sampler
@@ -46,6 +49,12 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
     return Grammars(tokenizer, len(tokenizer) + PADDING)
 
 
+@cache
+def sampler_of(tokenizer: Tokenizer) -> Sampler:
+    """One for many texts: its grammars have a process of their own."""
+    return Sampler(len(tokenizer) + PADDING, tokenizer)
+
+
 def write(
     tokenizer: Tokenizer, structure: StructuredOutputsParams, seed: int, **params: Any
 ) -> Request:
@@ -56,14 +65,14 @@ def write(
         structured_outputs=structure,
     )
     r = Request([5], asked, max_length=1 + asked.max_tokens, eos_ids=(EOS,), tokenizer=tokenizer)
-    sampler = Sampler(size, tokenizer)
+    sampler = sampler_of(tokenizer)
     sampler.admit(r, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     spaces = [i for i in range(size) if not tokenizer.decode([i]).strip()]
     while r.finish_reason is None:
         logits = torch.randn(1, size, generator=generator)
         logits[0, spaces] -= 8  # whitespace is allowed for ever
-        sampler.choose([r], logits)
+        choose(sampler, [r], logits)
     return r
 
 
@@ -186,15 +195,30 @@ def test_compiled_once_and_the_oldest_forgotten(
     compiled: list[str] = []
     compile_ = g._compile
     monkeypatch.setattr(g, "_compile", lambda kind, t: compiled.append(t) or compile_(kind, t))
+    held = g.compile(StructuredOutputsParams(regex="held"))
     for pattern in ("a", "b", "a", "c", "a", "b"):
         g.matcher(StructuredOutputsParams(regex=pattern))
-    assert compiled == ["a", "b", "c", "b"]
+    assert compiled == ["held", "a", "b", "c", "b"]
+    g.matcher(StructuredOutputsParams(regex="held"))  # not forgotten while someone holds it
+    assert g.find(StructuredOutputsParams(regex="held")) is held
+    assert len(compiled) == 5
     first = g.matcher(StructuredOutputsParams(json=PERSON))
     g.matcher(StructuredOutputsParams(json=json.dumps(PERSON, indent=3)))
-    assert len(compiled) == 5
+    assert len(compiled) == 6
     # Matchers of one grammar go their own ways.
     first.accept(tokenizer.encode("{", special=False)[-1])
     assert g.matcher(StructuredOutputsParams(json=PERSON)).allowed().sum() == 1
+
+
+def test_what_takes_much_memory_is_forgotten_sooner(tokenizer: Tokenizer) -> None:
+    large = [StructuredOutputsParams(regex=f"(a{{{i}}}){{1000}}") for i in (1000, 1001)]
+    small = StructuredOutputsParams(regex="ab")
+    g = Grammars(tokenizer, len(tokenizer), cached_bytes=100 << 20)
+    assert 20 << 20 < g.compile(large[0]).nbytes < 100 << 20
+    assert g.compile(small).nbytes < 20 << 20
+    assert g.find(large[0]) is not None
+    g.compile(large[1])
+    assert [g.find(each) is not None for each in (*large, small)] == [False, True, False]
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -216,6 +240,15 @@ BOMBS: dict[str, dict[str, Any]] = {
         }
     },
     "loop": {"json": {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"}},
+    "no end": {"json": {"type": "integer", "multipleOf": 123456789}},
+    "too many": {
+        "json": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(9000)}}
+    },
+    "the stack": {
+        "grammar": "start: r0\n"
+        + "".join(f"r{i}: r{i + 1} r{i + 1}\n" for i in range(3000))
+        + 'r3000: "a"'
+    },
     "no text": {"regex": r"[^\s\S]"},
     "from the network": {"json": {"$ref": "http://example.com/schema.json"}},
     "not a type": {"json": {"type": "foo"}},
@@ -229,10 +262,18 @@ BOMBS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_cannot_be_followed_is_refused(grammars: Grammars, name: str) -> None:
-    start = time.process_time()
+    """Soon, and without this process taking part in it."""
+    start, used, memory = time.monotonic(), time.process_time(), _resident()
     with pytest.raises(RequestError, match=r"^structured_outputs: "):
         grammars.matcher(StructuredOutputsParams(**BOMBS[name]))
-    assert time.process_time() - start < 10
+    assert time.process_time() - used < 2
+    assert time.monotonic() - start < 60
+    assert _resident() - memory < 64 << 20
+    assert grammars.matcher(StructuredOutputsParams(regex="ab")).allowed().sum() == 1
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +306,8 @@ def test_failure_on_the_way_ends_that_request_alone(
         self.error = "it was too much"
 
     monkeypatch.setattr(StructureMatcher, "mask", fail)
-    failed, went_on = sampler.choose(requests, torch.randn(2, size))
-    assert (failed.token_id, went_on.token_id is None) == (None, False)
+    failed, went_on = choose(sampler, requests, torch.randn(2, size))
+    assert (len(failed.token_ids), len(went_on.token_ids)) == (0, 1)
     output = requests[0].output()
     assert (output.finish_reason, output.error, output.token_ids) == (
         "abort",

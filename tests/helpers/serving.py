@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import queue
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,10 +14,11 @@ from typing import Any
 
 import httpx
 
+from helpers.verbs import spawn
 from qoq.server.app import create_app
+from qoq.server.background import Background, background
 from qoq.server.context import Context
 from qoq.server.model import EngineOptions, ServedModel, load_served_model
-from qoq.server.run import Server, Transport, bind, make_server
 from qoq.server.settings import ServerSettings
 
 NAME = "tiny"
@@ -90,14 +93,8 @@ async def client(model: ServedModel, **settings: Any) -> AsyncIterator[Client]:
         yield Client(http, app.state.context)
 
 
-@dataclass
-class LiveServer:
+class LiveServer(Background):
     """A server behind a socket of this machine."""
-
-    url: str
-    server: Server
-    context: Context
-    thread: threading.Thread
 
     def until_idle(self) -> None:
         """Wait until the engine holds nothing, then check that every page is free."""
@@ -115,19 +112,41 @@ class LiveServer:
 def live(model: ServedModel, **settings: Any) -> Iterator[LiveServer]:
     """A running server, stopped at the end."""
     wanted = ServerSettings(**{"served_model_names": (NAME,), **settings})
-    app = create_app(model, wanted)
-    server = make_server(app, wanted, Transport(log_level="warning"))
-    with bind("127.0.0.1", 0) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        for _ in range(1000):
-            if server.started:
-                break
-            time.sleep(0.02)
-        try:
-            yield LiveServer(url, server, app.state.context, thread)
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive()
+    with background(model, wanted) as running:
+        yield LiveServer(**vars(running))
+    assert not running.thread.is_alive()
+
+
+@contextmanager
+def process(
+    folder: Path, *options: object, fault: tuple[str, int] | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
+    """``qoq serve`` in a process of its own: it, its address, its log as it grows.
+
+    ``fault``: how the engine fails and at which step (``faulty_server``).
+    """
+    child = spawn("serve", folder, "--port", 0, "--log-format", "json", *options, fault=fault)
+    lines: list[str] = []
+    said: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            lines.append(line)
+            if '"message": "serving on ' in line:
+                said.put(json.loads(line)["message"].removeprefix("serving on "))
+        said.put("")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        url = said.get(timeout=120)
+        assert url, lines
+        yield child, url, lines
+    finally:
+        child.kill()
+        child.wait()
+        reader.join(60)
+        for pipe in (child.stdout, child.stderr):
+            assert pipe is not None
+            pipe.close()

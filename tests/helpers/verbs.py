@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from qoq.cli.app import app
 
+FAULTY = Path(__file__).with_name("faulty_server.py")
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -46,9 +47,13 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def spawn(*arguments: object, **more: Any) -> "subprocess.Popen[str]":
+def spawn(
+    *arguments: object, fault: tuple[str, int] | None = None, **more: Any
+) -> "subprocess.Popen[str]":
+    """A verb in a process of its own; ``fault``: with an engine that fails (``faulty_server``)."""
+    how = ["-m", "qoq"] if fault is None else [str(FAULTY), *map(str, fault)]
     return subprocess.Popen(
-        [sys.executable, "-m", "qoq", *map(str, arguments)],
+        [sys.executable, *how, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

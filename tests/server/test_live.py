@@ -7,8 +7,6 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import httpx
 import pytest
 
 from helpers import serving
-from helpers.verbs import run, spawn
+from helpers.serving import process
+from helpers.verbs import run
 from qoq.engine.engine import Engine
 from qoq.server.model import ServedModel
 
@@ -92,30 +91,6 @@ def test_death_of_the_engine_ends_the_server(folder: Path, monkeypatch: pytest.M
         server.thread.join(30)
         assert not server.thread.is_alive()
         assert server.server.status == 1
-
-
-@contextmanager
-def process(
-    folder: Path, *options: object
-) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
-    """``qoq serve`` in a process of its own: it, its address, its log so far."""
-    child = spawn("serve", folder, "--port", 0, "--log-format", "json", *options)
-    lines: list[str] = []
-    url = ""
-    assert child.stderr is not None
-    try:
-        for line in child.stderr:
-            lines.append(line)
-            message = json.loads(line)["message"]
-            if message.startswith("serving on "):
-                url = message.removeprefix("serving on ")
-                break
-        assert url, lines
-        yield child, url, lines
-    finally:
-        child.kill()
-        child.wait()
-        child.stderr.close()
 
 
 def test_sigterm_lets_open_requests_end(folder: Path) -> None:

@@ -52,6 +52,7 @@ def run(
     prompt_len: int,
     output_len: int,
     backend: str = "auto",
+    enforce_eager: bool = False,
     seed: int = 0,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Throughput:

@@ -66,10 +66,12 @@ def invariance(
     """Check that a request's tokens and log-probabilities do not depend on what runs beside it.
 
     The same requests run alone, in batches with random neighbours, in chunks, with a warm prefix
-    cache and thrown out and read again; all must be equal to the bit. Status 1 if any differs.
+    cache, thrown out and read again, and with guessed tokens to verify; all must be equal to the
+    bit. Status 1 if any differs.
 
     --json prints: comparisons, mismatches, trials (each with backend, name, comparisons,
-    mismatches, cached_tokens, preemptions), scheme, seed, command, commit, hardware.
+    mismatches, cached_tokens, preemptions, draft_tokens, accepted_tokens), scheme, seed, command,
+    commit, hardware.
     """
     from qoq.bench.invariance import Invariance
     from qoq.models.load import load_model
@@ -79,7 +81,7 @@ def invariance(
     scheme = ""
     with bar("trials", quiet=json) as progress:
         names = [name.strip() for name in backend.split(",")]
-        total = len(names) * (len(sizes) + len(pieces) + 3)
+        total = len(names) * (len(sizes) + len(pieces) + 4)
         for name in names:
             model = load_model(checkpoint, backend=name)
             scheme = model.scheme.name

@@ -17,6 +17,7 @@ from qoq.cli.options import (
     MAYBE_TOP_P,
     SAMPLING_SEED,
     SERVER,
+    SPECULATIVE,
     THREADS,
     use_threads,
 )
@@ -50,6 +51,7 @@ def chat(
     top_p: MAYBE_TOP_P = None,
     top_k: MAYBE_TOP_K = None,
     seed: SAMPLING_SEED = None,
+    speculative_config: SPECULATIVE = None,
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -74,7 +76,7 @@ def chat(
         raise RequestError("--json answers one message: add --message TEXT.")
     use_threads(threads)
     choices = Choices(max_tokens, temperature, top_p, top_k, seed)
-    who = speaker(model, base_url, api_key, choices, quiet=json)
+    who = speaker(model, base_url, api_key, choices, speculative_config, quiet=json)
     if message is None:
         Conversation(who, system).run()
         return

@@ -15,6 +15,7 @@ from qoq.cli.options import (
     MAYBE_TOP_P,
     SAMPLING_SEED,
     SERVER,
+    SPECULATIVE,
 )
 from qoq.cli.speaker import Choices, Speaker, speaker
 from qoq.cli.talk import say, typed
@@ -38,6 +39,7 @@ def complete(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
+    speculative_config: SPECULATIVE = None,
     json: JSON = False,
 ) -> None:
     """Continue texts, each line on its own, by a model or a server.
@@ -57,7 +59,7 @@ def complete(
     if json and prompt is None:
         raise RequestError("--json continues one text: add --prompt TEXT.")
     choices = Choices(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    who = speaker(model, base_url, api_key, choices, quiet=json)
+    who = speaker(model, base_url, api_key, choices, speculative_config, quiet=json)
     if prompt is None:
         _converse(who)
         return

@@ -11,6 +11,7 @@ from qoq.cli.options import (
     JSON,
     MAX_TOKENS,
     SAMPLING_SEED,
+    SPECULATIVE,
     TEMPERATURE,
     THREADS,
     TOP_K,
@@ -32,6 +33,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
+    speculative_config: SPECULATIVE = None,
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -58,7 +60,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     use_threads(threads)
-    llm = LLM(model)
+    llm = LLM(model, speculative_config=speculative_config)
     if not json:
         pieces = llm.stream(prompt, params)  # a prompt that cannot be run is refused here
         print(prompt, end="", flush=True)

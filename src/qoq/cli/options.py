@@ -1,6 +1,7 @@
 """Options that several verbs share, so that they are spelt and explained once."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -65,6 +66,27 @@ MAYBE_TOP_P = Annotated[
 ]
 MAYBE_TOP_K = Annotated[
     int | None, typer.Option(help=f"Choose among the k likeliest tokens.{_DEFAULT}0 (all).")
+]
+
+
+def mapping(value: str | dict[str, Any]) -> dict[str, Any]:
+    """A JSON object from the command line; from a YAML file it is one already."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise typer.BadParameter(f"{value!r} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{value!r} is no JSON object.")
+    return found
+
+
+SPECULATIVE_HELP = (
+    "Guess tokens from what stands in the prompt and the text; no answer changes, repetitive ones "
+    'come sooner: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, '
+    '"prompt_lookup_min": 1}.'
+)
+SPECULATIVE = Annotated[
+    dict[str, Any] | None, typer.Option(parser=mapping, metavar="JSON", help=SPECULATIVE_HELP)
 ]
 
 

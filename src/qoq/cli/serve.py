@@ -1,12 +1,13 @@
 """``qoq serve``: a model behind OpenAI's HTTP interface."""
 
+import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, mapping
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -68,6 +69,21 @@ def serve(
     kv_cache_memory_fraction: Annotated[
         float, typer.Option(help="Share of free memory it may take.", rich_help_panel=_ENGINE)
     ] = 0.8,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            hidden=True,  # its two names would squeeze the table; the text above has it
+        ),
+    ] = True,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of requests that name none; each then always gives the same text. "
+            "Default: random.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     max_num_queued_reqs: Annotated[
         int,
         typer.Option(help="Requests that may wait; more get a 503.", rich_help_panel=_ENGINE),
@@ -87,6 +103,44 @@ def serve(
     chat_template_timeout: Annotated[
         float, typer.Option(help="Seconds one rendering may take.", rich_help_panel=_ENGINE)
     ] = 5.0,
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=mapping, metavar="JSON", help=SPECULATIVE_HELP, rich_help_panel=_ENGINE
+        ),
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--trust-request-chat-template",
+            help="Let requests bring chat templates of their own.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes calls of tools: hermes, llama3_json, mistral, or auto, as "
+            "its chat template shows.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    enable_auto_tool_choice: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
+            hidden=True,  # its two names would squeeze the table; the text above has it
+        ),
+    ] = None,
+    engine_step_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a step that has not returned counts as hung: requests get a "
+            "503, the process ends with status 1. 0: never.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = 600.0,
     backend: Annotated[
         str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -150,7 +204,9 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients speak it; see /docs on the running server.
 
     Option names are vLLM's; dashes and underscores are the same, and options that take several
-    values take them in a row.
+    values take them in a row. What prompts begin with alike is computed once, unless
+    --no-enable-prefix-caching is given. Where it is known how a model writes calls of tools, it may
+    decide by itself to call them, unless --no-enable-auto-tool-choice is given.
 
     Examples:
 
@@ -158,6 +214,7 @@ def serve(
 
         qoq serve OUT --served-model-name books --api-key secret --shutdown-timeout 30
     """
+    from qoq.engine.speculative import SpeculativeConfig
     from qoq.server.app import create_app
     from qoq.server.model import EngineOptions, load_served_model
     from qoq.server.report import announce
@@ -172,6 +229,8 @@ def serve(
         request_timeout=request_timeout,
         body_timeout=body_timeout,
         template_timeout=chat_template_timeout,
+        trust_request_chat_template=trust_request_chat_template,
+        step_timeout=engine_step_timeout,
         shutdown_timeout=shutdown_timeout,
         root_path=root_path,
         allowed_origins=several(allowed_origins, ()),
@@ -183,10 +242,15 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         kv_memory_bytes=kv_cache_memory_bytes,
         kv_memory_fraction=kv_cache_memory_fraction,
         generation_config=generation_config,
+        seed=seed,
         chat_template=_template(chat_template),
+        speculative=SpeculativeConfig.of(speculative_config),
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
         backend=backend,
     )
     transport = Transport(
@@ -202,6 +266,9 @@ def serve(
         announce(served, transport.log_format)
         server = make_server(create_app(served, settings), settings, transport)
         server.run(sockets=[sock])
+    if server.stuck:
+        logging.shutdown()
+        os._exit(server.status)  # an orderly end would wait for the engine's thread
     raise typer.Exit(server.status)
 
 

@@ -14,12 +14,37 @@ from typer.core import TyperCommand
 from qoq.cli.terminal import fail
 from qoq.errors import RequestError
 
+# Options of other engines that say what needs no saying here, or what we cannot do.
+_FROM_CHECKPOINT = "the checkpoint says so itself (`qoq quantize` chooses it); leave it out"
+_ONE_PROCESS = "one process serves the whole model on one machine; leave it out"
+_ELSEWHERE = {
+    "--dtype": _FROM_CHECKPOINT,
+    "--quantization": _FROM_CHECKPOINT,
+    "--kv-cache-dtype": _FROM_CHECKPOINT,
+    "--kv-cache-dtype-skip-layers": _FROM_CHECKPOINT,
+    "--load-format": _FROM_CHECKPOINT,
+    "--tensor-parallel-size": _ONE_PROCESS,
+    "-tp": _ONE_PROCESS,
+    "--pipeline-parallel-size": _ONE_PROCESS,
+    "--data-parallel-size": _ONE_PROCESS,
+    "--distributed-executor-backend": _ONE_PROCESS,
+    "--enable-chunked-prefill": "prompts are always read in chunks (--max-num-batched-tokens)",
+    "--enable-prompt-tokens-details": "answers always have them; leave it out",
+    "--gpu-memory-utilization": "use --kv-cache-memory-fraction or --kv-cache-memory-bytes",
+    "--trust-remote-code": "no code that came with a model is ever run; leave it out",
+    "--enable-lora": "LoRA adapters are not supported; merge them into the model first",
+    "--lora-modules": "LoRA adapters are not supported; merge them into the model first",
+    "--reasoning-parser": "reasoning is left in the answer's text; leave it out",
+}
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def dashes(name: str) -> str:
     """``--max_num_seqs`` is ``--max-num-seqs``."""
     return name.replace("_", "-")
+
+
+USAGE = 2  # the exit status of a line that cannot be read
 
 
 class ServeCommand(TyperCommand):
@@ -34,6 +59,11 @@ class ServeCommand(TyperCommand):
             for opt in getattr(param, "opts", ())
         }
         args = spread(args, several)
+        for arg in args:
+            name = dashes(arg.partition("=")[0])
+            why = _ELSEWHERE.get(name.replace("--no-", "--", 1))
+            if why is not None:
+                fail(f"there is no {name} here: {why}.", USAGE)
         file = _config_file(args)
         if file is not None:
             try:

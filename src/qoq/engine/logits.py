@@ -5,6 +5,7 @@ structured output forbids. Where that leaves no id at all, only the hard rule co
 else allowed_token_ids, else none. Every rule works on its own row, so nothing hangs on the batch.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ class LogitsRules:
         self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
+        self._making = threading.Lock()
         self._states: WeakKeyDictionary[Request, _Rules] = WeakKeyDictionary()
 
     def admit(self, request: Request, device: torch.device) -> None:
@@ -43,7 +45,7 @@ class LogitsRules:
         words = _spellings(params.bad_words, self._tokenizer) if self._tokenizer else []
         matcher = None
         if params.structured_outputs is not None:
-            matcher = self._compiled().matcher(params.structured_outputs, request.end_ids)
+            matcher = self.grammars.matcher(params.structured_outputs, request.end_ids)
         self._states[request] = _Rules(request, words, matcher, device)
 
     def apply(self, logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> None:
@@ -84,12 +86,15 @@ class LogitsRules:
             return False
         return state.matcher.accept(token_id)
 
-    def _compiled(self) -> Grammars:
-        if self._grammars is None:
-            if self._tokenizer is None:
-                raise RequestError("structured_outputs needs a tokenizer; this model has none.")
-            self._grammars = Grammars(self._tokenizer, self._vocab_size)
-        return self._grammars
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles structures, made at first use; for any thread."""
+        with self._making:
+            if self._grammars is None:
+                if self._tokenizer is None:
+                    raise RequestError("structured_outputs needs a tokenizer; this model has none.")
+                self._grammars = Grammars(self._tokenizer, self._vocab_size)
+            return self._grammars
 
 
 class _Rules:

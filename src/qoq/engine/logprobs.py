@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qoq.engine.plan import Chunk
 from qoq.engine.request import Logprob, Request
-from qoq.engine.scheduler import Chunk
 from qoq.kernels.sample import SamplingBatch, sample
 from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch
@@ -99,11 +99,11 @@ def forward(
         return decoder(batch, pool.layers, rows, backend=backend)
     hidden = decoder.hidden(batch, pool.layers, backend=backend)
     row = 0
-    for request, start, stop in chunks:
+    for request, start, stop, guessed in chunks:
         count = stop - start
         if _unscored(request):
             _score(request, decoder, hidden[row : row + count], backend)
-        row += count
+        row += count + len(guessed)
     return decoder.logits(hidden[rows], backend=backend)
 
 

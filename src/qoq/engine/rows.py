@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qoq.engine.plan import Chunk, Plan
 from qoq.engine.request import Request
-from qoq.engine.scheduler import Chunk, Plan
 from qoq.kernels.sample import SamplingBatch
 from qoq.models.batch import Batch
 
@@ -57,13 +57,14 @@ class Rows:
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """The tensors that read these chunks."""
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-        stops = np.array([chunk.stop for chunk in chunks], dtype=np.int64)
+        stops = np.array([chunk.stop + len(chunk.guessed) for chunk in chunks], dtype=np.int64)
         ids: list[int] = []
-        for request, start, stop in chunks:
+        for request, start, stop, guessed in chunks:
             if stop - start == 1:
                 ids.append(request.ids[start])
             else:
                 ids += request.ids[start:stop]
+            ids += guessed
         width = -(-int(stops.max()) // self._page_size)
         table = self._table[self._of([chunk.request for chunk in chunks]), :width]
         return Batch.ragged(
@@ -75,10 +76,30 @@ class Rows:
             self._device,
         )
 
-    def sampling(self, requests: Sequence[Request]) -> SamplingBatch:
-        """How the next token of each is chosen; randomness hangs on seed and ``num_new`` alone."""
-        rows = self._of(requests)
-        steps = np.array([request.num_new for request in requests], dtype=np.int64)
+    def next_rows(self, chunks: Sequence[Chunk]) -> tuple[list[Chunk], torch.Tensor]:
+        """The chunks that reach their request's end, and the batch's rows int64 whose logits say
+        what comes then: ``num_next`` for each of them.
+        """
+        ending: list[Chunk] = []
+        rows: list[int] = []
+        end = 0
+        for chunk in chunks:
+            end += chunk.stop - chunk.start + len(chunk.guessed)
+            if chunk.reaches_end:
+                ending.append(chunk)
+                rows += range(end - chunk.num_next, end)
+        return ending, torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def sampling(self, chunks: Sequence[Chunk]) -> SamplingBatch:
+        """How the token after each chunk is chosen, and those after its guesses: ``num_next`` rows
+        for each chunk. Randomness hangs on the seed and the token's number alone.
+        """
+        counts = [chunk.num_next for chunk in chunks]
+        rows = np.repeat(self._of([chunk.request for chunk in chunks]), counts)
+        steps = np.array(
+            [chunk.request.num_new + at for chunk in chunks for at in range(chunk.num_next)],
+            dtype=np.int64,
+        )
 
         def column(name: str) -> torch.Tensor:
             return torch.from_numpy(self._sampling[name][rows]).to(self._device)

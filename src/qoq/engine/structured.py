@@ -1,103 +1,121 @@
 """Structured output: which tokens keep a text on the way to the form that was asked for.
 
-Grammars are llguidance's: they are followed token by token instead of being expanded beforehand,
-and every phase has a budget, so that a schema that explodes is cut off with an error.
+What compiles a structure (``grammar``) may loop or eat memory on hostile ones, so each is tried out
+in a child process first (``grammar_child``) and compiled here only where that went well.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qoq.child import Child
+from qoq.engine.grammar import Compiler, Vocabulary, first_line
 from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError
 from qoq.tokenizer import Tokenizer
 
-MAX_SPEC_BYTES = 256 << 10
 CACHED_GRAMMARS = 128
-# Budgets in llguidance's units; what each takes at most on one core: a second or so to build, some
-# ten milliseconds for a mask.
-_LIMITS = {
-    "max_grammar_size": 100_000,
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000,
-}
-# Between two marks of JSON. Without a bound, a small model may write spaces for ever.
-_WHITESPACE = r"[ \t\r\n]{1,40}"
+CACHED_BYTES = 256 << 20
+_BACKSTOP_S = 120.0  # for a trial; the child itself ends it after seconds of processor time
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A structure ready to be followed; it is found again for as long as someone holds it."""
+
+    matcher: Any
+    nbytes: int
 
 
 class Grammars:
     """Compiles structures for one vocabulary and remembers the latest. Safe to share by threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, *, cached: int = CACHED_GRAMMARS
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        cached: int = CACHED_GRAMMARS,
+        cached_bytes: int = CACHED_BYTES,
     ) -> None:
-        """vocab_size: the length of a row of logits. RequestError without llguidance."""
-        self._guidance = _llguidance()
+        """vocab_size: the length of a row of logits. Structures are remembered as far as ``cached``
+        and ``cached_bytes`` go. Raises RequestError without llguidance.
+        """
         self._vocab_size = vocab_size
-        self._tokenizer = self._vocabulary(tokenizer, vocab_size)
-        self._cached = cached
-        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._eos_ids = tokenizer.eos_ids
+        self._cached, self._cached_bytes = cached, cached_bytes
+        vocabulary = Vocabulary.of(tokenizer, vocab_size)
+        self._compiler = Compiler(vocabulary)
+        self._child = Child("qoq.engine.grammar_child", vocabulary.to_json)
+        self._alive: WeakValueDictionary[tuple[str, str], Compiled] = WeakValueDictionary()
+        self._latest: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # one at a time; what many ask at once is compiled once
+
+    def compile(self, structure: StructuredOutputsParams) -> Compiled:
+        """Have a structure ready for ``matcher``; takes seconds at worst, so not on a hot path.
+
+        Raises RequestError for one that is wrong, not supported or too large.
+        """
+        found = self.find(structure)
+        if found is None:
+            with self._compiling:
+                found = self.find(structure) or self._compile(*structure.spec())
+        return found
+
+    def find(self, structure: StructuredOutputsParams) -> Compiled | None:
+        """What ``compile`` gave for it, if that is remembered or still held by someone."""
+        spec = structure.spec()
+        with self._lock:
+            found = self._alive.get(spec)
+            if found is not None:
+                self._remember(spec, found)
+            return found
 
     def matcher(
         self, structure: StructuredOutputsParams, end_ids: Collection[int] = ()
     ) -> "StructureMatcher":
         """A matcher at its beginning; ``end_ids`` may end the text once its form is complete.
 
-        Raises RequestError for a structure that is wrong, not supported or too large.
+        Raises what ``compile`` raises.
         """
-        spec = structure.spec()
-        with self._lock:
-            compiled = self._compiled.get(spec)
-            if compiled is not None:
-                self._compiled.move_to_end(spec)
-        if compiled is None:
-            compiled = self._compile(*spec)
-            with self._lock:
-                self._compiled[spec] = compiled
-                while len(self._compiled) > self._cached:
-                    self._compiled.popitem(last=False)
-        return StructureMatcher(compiled.deep_copy(), self._eos_ids, end_ids, self._vocab_size)
+        compiled = self.compile(structure)
+        copy = compiled.matcher.deep_copy()
+        return StructureMatcher(copy, self._eos_ids, end_ids, self._vocab_size)
 
-    def _compile(self, kind: str, text: str) -> Any:
-        size = len(text.encode())
-        if size > MAX_SPEC_BYTES:
+    def close(self) -> None:
+        """End the child process; the next structure that is new starts another."""
+        self._child.close()
+
+    def _compile(self, kind: str, text: str) -> Compiled:
+        tried = self._child.ask({"kind": kind, "text": text}, _BACKSTOP_S)
+        if tried is not None and "error" in tried:
+            raise RequestError(str(tried["error"]))
+        if tried is None or "bytes" not in tried:
             raise RequestError(
-                f"structured_outputs: the {kind} has {size} bytes; at most {MAX_SPEC_BYTES} are "
-                "compiled. Make it smaller."
+                f"structured_outputs: this {kind} cannot be used: it takes too long or too much "
+                "memory to compile. Make it smaller or simpler."
             )
-        guidance = self._guidance
-        try:
-            grammar = _grammar(kind, text, guidance)
-        except Exception as error:  # its converters raise what they like
-            raise RequestError(_complaint(kind, str(error))) from error
-        limits = guidance.LLParserLimits(**_LIMITS, verbose_errors=False)
-        matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        trial = matcher.deep_copy()
-        if not trial.is_error():
-            trial.compute_bitmask()  # what is too large or fits no text often shows at once
-        if trial.is_error():
-            raise RequestError(_complaint(kind, trial.get_error()))
-        return matcher
+        compiled = Compiled(self._compiler.compile(kind, text), int(tried["bytes"]))
+        with self._lock:
+            self._alive[kind, text] = compiled
+            self._remember((kind, text), compiled)
+        return compiled
 
-    def _vocabulary(self, tokenizer: Tokenizer, vocab_size: int) -> Any:
-        backend = getattr(tokenizer.hf, "backend_tokenizer", None)
-        if backend is None:
-            raise RequestError("structured_outputs needs a tokenizer.json; this model has none.")
-        state = backend.to_str()
-        known = max(vocab_size, len(tokenizer))
-        self._eos_ids = tokenizer.eos_ids
-        eos = list(tokenizer.eos_ids) or None
-        return self._guidance.LLTokenizer(_without_padding(state), n_vocab=known, eos_token=eos)
+    def _remember(self, spec: tuple[str, str], compiled: Compiled) -> None:
+        self._latest[spec] = compiled
+        self._latest.move_to_end(spec)
+        while len(self._latest) > self._cached or (
+            sum(each.nbytes for each in self._latest.values()) > self._cached_bytes
+        ):
+            self._latest.popitem(last=False)
 
 
 class StructureMatcher:
@@ -137,49 +155,5 @@ class StructureMatcher:
 
     def _note_error(self) -> None:
         if self._matcher.is_error():
-            reason = _first_line(self._matcher.get_error())
+            reason = first_line(self._matcher.get_error())
             self.error = f"structured_outputs cannot be followed any further: {reason}"
-
-
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise RequestError(
-            "structured_outputs needs the package llguidance; install it with "
-            "`pip install llguidance`."
-        ) from error
-    return llguidance
-
-
-def _grammar(kind: str, text: str, guidance: Any) -> str:
-    """A structure in llguidance's own notation."""
-    if kind in ("json", "json_object"):
-        rules = {"whitespace_pattern": _WHITESPACE}
-        return str(guidance.LLMatcher.grammar_from_json_schema(text, overrides=rules))
-    if kind == "choice":
-        text = "|".join(f"({_escaped(choice)})" for choice in json.loads(text))
-    return str(guidance.grammar_from("grammar" if kind == "grammar" else "regex", text))
-
-
-def _escaped(text: str) -> str:
-    """A regular expression for ``text`` itself."""
-    return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~" else c for c in text)
-
-
-def _without_padding(state: str) -> str:
-    """tokenizer.json's text with truncation and padding off: they are not the vocabulary's."""
-    value = json.loads(state)
-    value["truncation"] = value["padding"] = None
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _complaint(kind: str, reason: str) -> str:
-    if reason.startswith("NoExtension"):
-        reason = "no text has this form"
-    return f"structured_outputs: this {kind} cannot be used: {_first_line(reason)}"
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else "no reason given")[:300]

@@ -22,7 +22,8 @@ BACKENDS = ("auto", "oracle", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Twin:
-    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives.
+    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives; for other
+    types of device than ``device`` (None: it says so itself) it is not even imported.
 
     The module offers a function named like the op, with the oracle's signature, and
     ``unsupported(device, **what) -> str | None``: why it cannot run this call, or None if it can.
@@ -30,6 +31,7 @@ class Twin:
 
     backend: str
     module: str
+    device: str | None = None
 
 
 _STEM = {"rms_norm_quant": "act_quant", "silu_mul_quant": "act_quant"}
@@ -42,12 +44,21 @@ _OPS = (
     "attention",
     "sample",
 )
-_ON_GPU = ("linear", "kv_append", "attention")
+_ON_GPU = (
+    "act_quant",
+    "rms_norm_quant",
+    "silu_mul_quant",
+    "linear",
+    "kv_append",
+    "attention",
+    "sample",
+)
+_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {
     op: tuple(
-        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}")
+        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", _DEVICES[backend])
         for backend in (("cpu", "gpu") if op in _ON_GPU else ("cpu",))
     )
     for op in _OPS
@@ -124,6 +135,8 @@ def _load(
     twin: Twin, device: torch.device, what: dict[str, Any]
 ) -> tuple[ModuleType, None] | tuple[None, str]:
     """The twin's module if it can run this call, else the reason it cannot."""
+    if twin.device not in (None, device.type):
+        return None, f"it runs on {twin.device} devices only"
     try:
         module = importlib.import_module(twin.module)
     except (ImportError, OSError) as error:

@@ -7,16 +7,17 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from qoq import __version__
+from qoq.api.logprobs import LogprobWriter
 from qoq.server import chat, completions, models, page, responses, tokenize
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.context import Context
 from qoq.server.errors import add_handlers
-from qoq.server.logprobs import LogprobWriter
 from qoq.server.metrics import ServerMetrics
 from qoq.server.middleware import ApiKeys, BodyLimits, RequestIds
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
+from qoq.server.structures import Structures
 from qoq.server.wire import JSONAnswer
 
 
@@ -38,6 +39,7 @@ def create_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
             await context.engine.drain(settings.shutdown_timeout)
             await context.engine.close()
             context.prompts.close()
+            context.structures.close()
 
     app = FastAPI(
         title="qoq",
@@ -86,12 +88,16 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
         ),
         max_open=model.max_num_seqs + settings.max_queued,
         time_limit=settings.request_timeout,
+        step_limit=settings.step_timeout,
     )
     prompts = Prompts(
         model.tokenizer,
         model.template,
+        model.tool_template,
         max_model_len=model.max_model_len,
         vocab_size=model.config.vocab_size,
         template_timeout=settings.template_timeout,
+        trust_templates=settings.trust_request_chat_template,
     )
-    return Context(model, settings, engine, prompts, LogprobWriter(model.tokenizer))
+    structures = Structures(model.engine)
+    return Context(model, settings, engine, prompts, structures, LogprobWriter(model.tokenizer))

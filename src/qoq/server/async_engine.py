@@ -20,8 +20,11 @@ from qoq.errors import RequestError
 from qoq.server.errors import bad_request, engine_dead, queue_full, shutting_down
 from qoq.server.generation import Delta, Generation, Ticket
 from qoq.server.metrics import ServerMetrics
+from qoq.server.watchdog import Watchdog, where
 
 _LOG = logging.getLogger("qoq.server")
+_LAST_STEP_S = 10.0  # what a step that still runs gets when the engine is closed
+_DEAD_S = 1.0  # one that hangs will not use it
 _STALLED_S = 0.05  # how long to wait for news when a step could do nothing (the cache is full)
 
 
@@ -35,14 +38,17 @@ class AsyncEngine:
         *,
         max_open: int,
         time_limit: float | None = None,
+        step_limit: float | None = None,
     ) -> None:
         """At most ``max_open`` texts run or wait; each HTTP request gets ``time_limit`` seconds.
+        A step that does not return within ``step_limit`` seconds counts as the engine's death.
 
         ``metrics`` makes the metrics, given what asks for the engine's latest numbers.
         """
         self._engine = engine
         self._max_open = max_open
         self._time_limit = time_limit
+        self._step_limit = step_limit
         self.on_death: Callable[[], None] = lambda: None
         self.death: BaseException | None = None
         self.draining = False
@@ -53,6 +59,8 @@ class AsyncEngine:
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._watchdog = Watchdog(step_limit)
+        self._watch: asyncio.Task[None] | None = None
         self._door = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._stopping = False
@@ -66,6 +74,11 @@ class AsyncEngine:
         return self.death is None and self._thread is not None and self._thread.is_alive()
 
     @property
+    def stuck(self) -> bool:
+        """Whether the thread still works after ``close``: it hangs, or its step takes too long."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def num_open(self) -> int:
         """Texts that run or wait."""
         return len(self._open)
@@ -75,9 +88,12 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="qoq-engine", daemon=True)
         self._thread.start()
+        self._watch = self._loop.create_task(self._bury())
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> Generation:
-        """Put the prompts of one HTTP request in line, all or none.
+    def submit(
+        self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], *, priority: int = 0
+    ) -> Generation:
+        """Put the prompts of one HTTP request in line, all or none; lower ``priority`` goes first.
 
         Raises APIError 503 where the engine is dead, drains or its queue is full, and 400 for more
         prompts than could ever be taken at once. What the engine has against a prompt is told by
@@ -96,7 +112,9 @@ class AsyncEngine:
         if len(self._open) + len(prompts) > self._max_open:
             self.metrics.rejected("queue_full", len(prompts))
             raise queue_full()
-        generation = Generation(prompts, give_up=self._give_up, time_limit=self._time_limit)
+        generation = Generation(
+            prompts, give_up=self._give_up, time_limit=self._time_limit, priority=priority
+        )
         self._open.update(generation.tickets)
         self._idle.clear()
         self._post(*[self._adding(ticket) for ticket in generation.tickets])
@@ -119,13 +137,16 @@ class AsyncEngine:
         return True
 
     async def close(self) -> None:
-        """End the thread, whatever is open; returns when it has gone."""
+        """End the thread, whatever is open; returns when it has gone, or is ``stuck``."""
         await self.drain(0)
+        if self._watch is not None:
+            self._watch.cancel()
         with self._door:
             self._stopping = True
             self._door.notify()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            wait = _LAST_STEP_S if self.death is None else _DEAD_S
+            await asyncio.to_thread(self._thread.join, wait)
 
     def _give_up(self, ticket: Ticket) -> None:
         """Nobody waits for this text any more."""
@@ -152,13 +173,28 @@ class AsyncEngine:
         self.stats = stats
         if stepped and stats.step_tokens:
             self.metrics.iteration_tokens.observe(stats.step_tokens)
-        for ticket, delta in news:
-            if not ticket.open:
-                continue  # given up while the step ran
-            _observe(self.metrics, ticket, delta)
-            if delta.finish_reason is not None:
-                self._end(ticket, delta.finish_reason)
-            ticket.generation.push(ticket.index, delta)
+        try:
+            for ticket, delta in news:
+                if not ticket.open:
+                    continue  # given up while the step ran
+                self.metrics.observe(ticket, delta)
+                if delta.finish_reason is not None:
+                    self._end(ticket, delta.finish_reason)
+                ticket.generation.push(ticket.index, delta)
+        except Exception as error:  # a bug; readers must not wait for what was lost
+            _LOG.critical("news cannot be delivered; no request can be answered", exc_info=error)
+            self._die(error)
+
+    async def _bury(self) -> None:
+        """Wait for work that never ends, and call the engine dead."""
+        await self._watchdog.watch()
+        _LOG.critical(
+            "a step has not returned for %g s; no request can be answered. If this machine is that "
+            "slow, raise --engine-step-timeout. The engine is at:\n%s",
+            self._step_limit,
+            where(self._thread),
+        )
+        self._die(TimeoutError("a step has not returned"))
 
     def _answer_add(self, ticket: Ticket, refusal: RequestError | None) -> None:
         ticket.accepted = True
@@ -171,7 +207,7 @@ class AsyncEngine:
         ticket.generation.wake()
 
     def _die(self, cause: BaseException) -> None:
-        self.death = cause
+        self.death = self.death or cause
         for ticket in list(self._open):
             self._end(ticket, "abort")
             ticket.generation.fail(engine_dead())
@@ -195,6 +231,13 @@ class AsyncEngine:
                 self._door.wait()
             commands, self._inbox = self._inbox, []
             stopping = self._stopping
+        self._watchdog.begin()
+        try:
+            return self._do(commands, stopping)
+        finally:
+            self._watchdog.end()
+
+    def _do(self, commands: Sequence[Callable[[], None]], stopping: bool) -> bool:
         for command in commands:
             command()  # aborts too, so that an engine that is left is left empty
         if stopping:
@@ -214,7 +257,9 @@ class AsyncEngine:
         def add() -> None:
             refusal = None
             try:
-                ticket.request = self._engine.add(ticket.prompt_ids, ticket.params)
+                ticket.request = self._engine.add(
+                    ticket.prompt_ids, ticket.params, priority=ticket.priority
+                )
                 self._tickets[id(ticket.request)] = ticket
             except RequestError as error:
                 refusal = error
@@ -264,31 +309,8 @@ def _delta(ticket: Ticket, text: str, now: float) -> Delta:
         likeliest=tuple(request.top_logprobs[start:]),
         prompt=() if start else tuple(request.prompt_logprobs),
         finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
         cached_tokens=request.num_cached_prompt_tokens,
         admitted_at=request.admitted_at,
         at=now,
     )
-
-
-def _observe(metrics: ServerMetrics, ticket: Ticket, delta: Delta) -> None:
-    """Times and counts of one Delta; on the event loop."""
-    new, admitted = len(delta.token_ids), delta.admitted_at or delta.at
-    if ticket.first_token_at is None and new:
-        ticket.first_token_at = delta.at
-        metrics.prompt_tokens.inc(len(ticket.prompt_ids))
-        metrics.time_to_first_token.observe(delta.at - ticket.arrived_at)
-        metrics.queue_time.observe(max(0.0, admitted - ticket.arrived_at))
-        metrics.prefill_time.observe(delta.at - admitted)
-    elif new:
-        for _ in range(new):
-            metrics.inter_token_latency.observe((delta.at - ticket.last_token_at) / new)
-    metrics.generation_tokens.inc(new)
-    ticket.num_tokens += new
-    ticket.last_token_at = delta.at
-    if delta.finish_reason is not None:
-        first = ticket.first_token_at or delta.at
-        metrics.e2e_latency.observe(delta.at - ticket.arrived_at)
-        metrics.inference_time.observe(delta.at - admitted)
-        metrics.decode_time.observe(delta.at - first)
-        if ticket.num_tokens > 1:
-            metrics.time_per_output_token.observe((delta.at - first) / (ticket.num_tokens - 1))

@@ -100,7 +100,7 @@ def to_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestError):
-        return bad_request(str(error))
+        return bad_request(str(error), param=error.param)
     return APIError(500, "Internal error; the server's log has the cause under this request's id.")
 
 

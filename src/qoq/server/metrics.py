@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from qoq.engine.stats import EngineStats
+from qoq.server.generation import Delta, Ticket
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -101,6 +102,29 @@ class ServerMetrics:
         """``count`` requests were not let in."""
         self._rejections.labels(self._model, reason).inc(count)
 
+    def observe(self, ticket: Ticket, delta: Delta) -> None:
+        """Times and counts of what is new of one text."""
+        new, admitted = len(delta.token_ids), delta.admitted_at or delta.at
+        if ticket.first_token_at is None and new:
+            ticket.first_token_at = delta.at
+            self.prompt_tokens.inc(len(ticket.prompt_ids))
+            self.time_to_first_token.observe(delta.at - ticket.arrived_at)
+            self.queue_time.observe(max(0.0, admitted - ticket.arrived_at))
+            self.prefill_time.observe(delta.at - admitted)
+        elif new:
+            for _ in range(new):
+                self.inter_token_latency.observe((delta.at - ticket.last_token_at) / new)
+        self.generation_tokens.inc(new)
+        ticket.num_tokens += new
+        ticket.last_token_at = delta.at
+        if delta.finish_reason is not None:
+            first = ticket.first_token_at or delta.at
+            self.e2e_latency.observe(delta.at - ticket.arrived_at)
+            self.inference_time.observe(delta.at - admitted)
+            self.decode_time.observe(delta.at - first)
+            if ticket.num_tokens > 1:
+                self.time_per_output_token.observe((delta.at - first) / (ticket.num_tokens - 1))
+
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -124,6 +148,8 @@ class _EngineNumbers(Collector):
             ("num_preemptions", "Requests sent back to wait.", now.preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up.", now.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found.", now.prefix_hits),
+            ("spec_decode_num_draft_tokens", "Tokens guessed.", now.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Of these, new tokens.", now.accepted_tokens),
         )
         for name, what, value in gauges:
             gauge = GaugeMetricFamily(f"qoq:{name}", what, labels=[_LABEL])

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qoq.api.calling import ToolCalling, check_parser
 from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.engine import Engine
+from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
@@ -19,10 +21,11 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An engine and what its clients must know of it.
+    """An engine and what its clients must know of it; ``speculative`` is None: no guesses.
 
     max_model_len bounds prompt and new tokens together; sampling are the defaults of requests that
-    say nothing; template is None for models without one.
+    say nothing; template is None for models without one, tool_template the one for conversations
+    with tools, often the same.
     """
 
     path: Path
@@ -30,11 +33,14 @@ class ServedModel:
     scheme: QuantScheme
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    tool_template: ChatTemplate | None
+    tools: ToolCalling
     engine: Engine
     pool: KVPool
     max_model_len: int
     max_num_seqs: int
     sampling: dict[str, float]
+    speculative: SpeculativeConfig | None = None
     backend: str = "auto"
 
     @property
@@ -49,15 +55,22 @@ class EngineOptions:
 
     kv_memory_bytes wins over kv_memory_fraction, the share of free memory. generation_config:
     ``auto`` reads the model's sampling defaults, ``vllm`` none, else a folder to read them from.
+    tool_call_parser and enable_auto_tool_choice are those of ``ToolCalling.of_model``. seed: that
+    of requests which name none.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
     kv_memory_bytes: int | None = None
     kv_memory_fraction: float = MEMORY_FRACTION
     generation_config: str = "auto"
+    seed: int | None = None
     chat_template: str | None = None
+    speculative: SpeculativeConfig | None = None
+    tool_call_parser: str = "auto"
+    enable_auto_tool_choice: bool | None = None
     backend: str = "auto"
 
 
@@ -68,8 +81,17 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     hold one request, RequestError for options out of range.
     """
     _check(options)
+    seed = {} if options.seed is None else {"seed": options.seed}
     loaded = load_model(model, backend=options.backend)
     tokenizer = Tokenizer.load(loaded.path)
+    tool_template = _template(tokenizer, options.chat_template, tools=True)
+    tools = ToolCalling.of_model(
+        tokenizer,
+        tool_template.source if tool_template else None,
+        loaded.config.model_type,
+        parser=options.tool_call_parser,
+        auto=options.enable_auto_tool_choice,
+    )
     context = loaded.config.max_positions
     length = options.max_model_len or context
     if length > context:
@@ -82,6 +104,9 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         eos_ids=tokenizer.eos_ids or loaded.config.eos_token_ids,
         max_requests=options.max_num_seqs,
         max_step_tokens=options.max_num_batched_tokens,
+        guess=guesser(options.speculative),
+        max_model_len=length,
+        enable_prefix_caching=options.enable_prefix_caching,
         backend=options.backend,
     )
     return ServedModel(
@@ -90,11 +115,14 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         scheme=loaded.scheme,
         tokenizer=tokenizer,
         template=_template(tokenizer, options.chat_template),
+        tool_template=tool_template,
+        tools=tools,
         engine=engine,
         pool=pool,
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
-        sampling=sampling_defaults(loaded.path, options.generation_config),
+        sampling={**sampling_defaults(loaded.path, options.generation_config), **seed},
+        speculative=options.speculative,
         backend=options.backend,
     )
 
@@ -109,11 +137,14 @@ def _check(options: EngineOptions) -> None:
     for name, value in positive.items():
         if value is not None and value < 1:
             raise RequestError(f"{name} must be 1 or more, not {value}.")
+    if options.seed is not None and not -(2**63) <= options.seed < 2**63:
+        raise RequestError(f"seed must be from -2**63 to 2**63 - 1, not {options.seed}.")
     if not 0 < options.kv_memory_fraction <= 1:
         raise RequestError(
             f"kv_cache_memory_fraction must be above 0 and at most 1, not "
             f"{options.kv_memory_fraction}."
         )
+    check_parser(options.tool_call_parser)
 
 
 def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:
@@ -133,10 +164,12 @@ def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: Engine
     return shape.pool(pages)
 
 
-def _template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
+def _template(
+    tokenizer: Tokenizer, source: str | None, *, tools: bool = False
+) -> ChatTemplate | None:
     """``source`` or the model's own; None where there is neither."""
     try:
-        return tokenizer.chat_template(source)
+        return tokenizer.chat_template(source, tools=tools)
     except RequestError:
         return None
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 TokenIds = list[StrictInt]
+_INT64 = 1 << 63
 
 
 class Body(BaseModel):
@@ -49,7 +50,12 @@ class SamplingFields(Body):
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="So many tokens of the prompt are read; -1: as many as fit."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Where the prompt is cut; left by default."
+    )
     use_beam_search: bool = False
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -57,7 +63,9 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    priority: int = 0
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
+        0, description="Lower is served first."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -103,11 +111,28 @@ class TextPart(Body):
     text: str | None = None
 
 
+class CalledFunction(Body):
+    """What a call calls; arguments are JSON text, as the answer had them."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageCall(Body):
+    """A call in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One message of a conversation; what else it has is for the chat template."""
 
     role: str
     content: str | list[TextPart | str] | None = None
+    tool_calls: list[MessageCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatFields(Body):
@@ -137,7 +162,9 @@ class ChatRequest(ChatFields, SamplingFields):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
     echo: bool = False
     return_token_ids: bool = False
 
@@ -171,7 +198,7 @@ class DetokenizeRequest(Body):
 
 
 class ResponsesRequest(Body):
-    """POST /v1/responses: text in, text out; nothing is stored."""
+    """POST /v1/responses: text and calls of functions; nothing is stored."""
 
     model: str | None = None
     input: str | list[dict[str, Any]]
@@ -192,8 +219,11 @@ class ResponsesRequest(Body):
     include: list[str] | None = None
     prompt: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     top_logprobs: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
 

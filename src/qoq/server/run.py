@@ -86,6 +86,7 @@ class Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._scheme = scheme
         self._interrupted = False
+        self._signals = 0
         engine.on_death = self._stop
 
     @property
@@ -103,21 +104,35 @@ class Server(uvicorn.Server):
         for address in _addresses(sockets or ()):
             _LOG.info("serving on %s://%s", self._scheme, address)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine's thread has not ended; the process must then leave without it."""
+        return self._engine.stuck
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """What is open has the drain's time while uvicorn takes nothing new."""
-        draining = asyncio.create_task(self._engine.drain(self._drain_seconds))
+        if self._engine.death is not None:  # nothing to drain
+            self.config.timeout_graceful_shutdown = round(_GOODBYE_S)
+        draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
         if not self.force_exit and not await draining:
             _LOG.warning("requests that were still open after the drain have been ended")
 
+    async def _drain(self) -> bool:
+        """Until open requests have ended, their time is over, or a second signal has come."""
+        drain = asyncio.create_task(self._engine.drain(self._drain_seconds))
+        while self._signals < 2 and not drain.done():
+            await asyncio.wait((drain,), timeout=0.1)
+        return await drain if drain.done() else await self._engine.drain(0)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a second Ctrl-C ends at once.
+        """The first signal drains, the second ends the drain, the third ends all at once.
 
         uvicorn would die of the signal again at the end; here it becomes the exit status.
         """
+        self._signals += 1
         self._interrupted = sig == signal.SIGINT
-        if self.should_exit and self._interrupted:
-            self.force_exit = True
+        self.force_exit = self._signals > 2
         self.should_exit = True
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from qoq.engine.choices import choices
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
@@ -47,7 +48,8 @@ def sampling_params(
     """One SamplingParams for each of the ``n`` texts of ``body``.
 
     logprobs and prompt_logprobs: how many of the likeliest tokens are told beside each.
-    With a seed each text gets its own, in a row. Raises APIError 400 naming the field.
+    With a seed each text gets one of its own (see ``engine.choices``). Raises APIError 400 naming
+    the field.
     """
     stop = ends.stop or ()
     ids = ends.stop_token_ids or []
@@ -59,17 +61,18 @@ def sampling_params(
         )
     # OpenAI's default is 1.0; a model's generation_config.json may say otherwise.
     temperature = _first(body.temperature, defaults.get("temperature"), 1.0)
-    seed = _seed(body.seed)
-    count, more = body.n or 1, rules(body, defaults)
+    seed = _seed(body.seed if body.seed is not None else defaults.get("seed"))
+    more = rules(body, defaults)
     try:
-        return [
+        return choices(
             SamplingParams(
+                n=body.n or 1,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_k=_top_k(_first(body.top_k, defaults.get("top_k"), 0), vocab),
                 top_p=_first(body.top_p, defaults.get("top_p"), 1.0),
                 min_p=_first(body.min_p, defaults.get("min_p"), 0.0),
-                seed=None if seed is None else (seed + i) % _INT64,
+                seed=seed,
                 stop=stop,
                 stop_token_ids=ids,
                 ignore_eos=ends.ignore_eos,
@@ -77,8 +80,7 @@ def sampling_params(
                 prompt_logprobs=prompt_logprobs,
                 **more,
             )
-            for i in range(count)
-        ]
+        )
     except RequestError as error:
         name = str(error).split(" ", 1)[0]  # its messages begin with the field
         raise bad_request(str(error), param=name if name in _FIELDS else None) from error
@@ -99,10 +101,10 @@ def _top_k(value: float, vocab: int) -> int:
     return 0 if value == -1 else int(min(value, vocab))
 
 
-def _seed(seed: int | None) -> int | None:
+def _seed(seed: float | None) -> int | None:
     """Any int64; the engine's seeds have no sign, so a negative one takes its bits."""
     if seed is None:
         return None
     if not -_INT64 <= seed < _INT64:
         raise bad_request(f"seed must be from -2**63 to 2**63 - 1, not {seed}.", param="seed")
-    return seed % _INT64
+    return int(seed) % _INT64

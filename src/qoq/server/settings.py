@@ -12,7 +12,9 @@ class ServerSettings:
     served_model_names: the first is what answers say, all are accepted. api_keys: none lets
     everyone in. max_queued: texts that may wait beside those that run. request_timeout covers the
     whole of a request (None: no limit), body_timeout the arrival of its body, template_timeout the
-    rendering of a chat template. Times a stopping server waits: shutdown_timeout.
+    rendering of a chat template, step_timeout a step of the engine (0: no limit). Time a stopping
+    server waits: shutdown_timeout. trust_request_chat_template lets requests bring a chat template
+    of their own.
     """
 
     served_model_names: tuple[str, ...]
@@ -22,6 +24,8 @@ class ServerSettings:
     request_timeout: float | None = None
     body_timeout: float = 60.0
     template_timeout: float = 5.0
+    trust_request_chat_template: bool = False
+    step_timeout: float = 600.0
     shutdown_timeout: float = 0.0
     root_path: str = ""
     allowed_origins: tuple[str, ...] = ()
@@ -37,7 +41,7 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RequestError(f"{name} must be above 0, not {value}.")
-        for name in ("max_queued", "shutdown_timeout"):
+        for name in ("max_queued", "shutdown_timeout", "step_timeout"):
             if not getattr(self, name) >= 0:
                 raise RequestError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 

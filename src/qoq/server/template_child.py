@@ -9,23 +9,31 @@ from qoq.errors import RequestError
 from qoq.tokenizer import ChatTemplate
 
 _MEMORY = 2 << 30  # bytes a template may make this process take
+_GRACE_S = 1.0
 _MAX_CHARACTERS = 64 << 20  # of a rendered prompt
 
 
 def main() -> None:
-    """The first line holds the template; each further one a conversation. Ends with its input."""
+    """The first line holds the seconds that a rendering may take; each further one a template and a
+    conversation. Ends with its input.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    template = ChatTemplate.from_json(json.loads(sys.stdin.readline()))
+    hello = json.loads(sys.stdin.readline())
     # Import what renders, but not yet with the model's template: its constants are computed when it
     # is compiled, so that too must fall under the limits of a request.
     ChatTemplate("", {}).render([{}])
     _limit_memory()
-    _write({"text": "ready"})
+    _write({"ready": True})
     for line in sys.stdin:
-        _write(_render(template, json.loads(line)))
+        # The server kills a rendering that takes too long; this one does where the server is gone.
+        signal.setitimer(signal.ITIMER_REAL, hello["seconds"] + _GRACE_S)
+        answer = _render(json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(answer)
 
 
-def _render(template: ChatTemplate, asked: dict[str, Any]) -> dict[str, str]:
+def _render(asked: dict[str, Any]) -> dict[str, str]:
+    template = ChatTemplate.from_json(asked["template"])
     try:
         text = template.render(asked["messages"], **asked["options"])
     except RequestError as error:
@@ -35,7 +43,7 @@ def _render(template: ChatTemplate, asked: dict[str, Any]) -> dict[str, str]:
     return {"text": text}
 
 
-def _write(answer: dict[str, str]) -> None:
+def _write(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 

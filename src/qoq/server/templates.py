@@ -6,39 +6,42 @@ renders it: a rendering that takes longer than the limit is refused, the child k
 conversation gets a fresh one. The child's memory is limited too, where the system can do that.
 """
 
-import contextlib
-import json
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qoq.child import Child
 from qoq.errors import RequestError
 from qoq.tokenizer import ChatTemplate
 
-_START_S = 120.0  # the child imports what renders templates; slow on a busy machine
-
 
 class TemplateProcess:
-    """Renders conversations; ``render`` may be called from any thread."""
+    """Renders conversations; ``render`` may be called from any thread.
 
-    def __init__(self, template: ChatTemplate, *, time_limit: float) -> None:
+    One at a time: renderings take well under a millisecond.
+    """
+
+    def __init__(self, *, time_limit: float) -> None:
         """``time_limit`` in seconds is for one rendering; the child's start does not count."""
-        self._template = template
         self._time_limit = time_limit
-        self._lock = threading.Lock()  # one rendering at a time; they take well under a millisecond
-        self._child: subprocess.Popen[bytes] | None = None
+        hello = {"seconds": time_limit}
+        self._child = Child("qoq.server.template_child", lambda: hello)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
         """The prompt of a conversation; ``options`` are those of ``ChatTemplate.render``.
 
         Raises RequestError where the template refuses the messages or is cut off.
         """
-        asked = json.dumps({"messages": list(messages), "options": options}).encode() + b"\n"
-        with self._lock:
-            child = self._running()
-            answer = self._ask(child, asked, self._time_limit)
+        question = {
+            "template": template.to_json(),
+            "messages": list(messages),
+            "options": options,
+        }
+        try:
+            answer = self._child.ask(question, self._time_limit)
+        except RecursionError:
+            raise RequestError("The conversation is nested too deeply; make it flatter.") from None
         if answer is None:
             raise RequestError(
                 f"The chat template took longer than {self._time_limit:g} s or too much memory and "
@@ -50,54 +53,8 @@ class TemplateProcess:
 
     def start(self) -> None:
         """Have the child ready before the first conversation."""
-        with self._lock:
-            self._running()
+        self._child.start()
 
     def close(self) -> None:
         """End the child."""
-        with self._lock:
-            self._stop()
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._child is not None and self._child.poll() is None:
-            return self._child
-        self._stop()
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "qoq.server.template_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        hello = json.dumps(self._template.to_json()).encode() + b"\n"
-        if self._ask(self._child, hello, _START_S) != {"text": "ready"}:
-            raise RequestError("The process that renders chat templates does not start.")
-        return self._child
-
-    def _ask(
-        self, child: "subprocess.Popen[bytes]", line: bytes, seconds: float
-    ) -> dict[str, Any] | None:
-        """One line there, one line back; None where the child was killed or died."""
-        assert child.stdin is not None
-        assert child.stdout is not None
-        killer = threading.Timer(seconds, child.kill)
-        killer.start()
-        try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            answer = json.loads(child.stdout.readline())
-        except (OSError, ValueError):  # the pipe broke, or ended within the line
-            self._stop()
-            return None
-        finally:
-            killer.cancel()
-        return answer if isinstance(answer, dict) else None
-
-    def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still to be written: nobody reads it
-                    pipe.close()
+        self._child.close()

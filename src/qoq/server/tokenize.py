@@ -25,6 +25,8 @@ def routes(context: Context) -> APIRouter:
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                tools=body.tools,
+                template=body.chat_template,
                 variables=body.chat_template_kwargs,
             )
             special = bool(body.add_special_tokens)

@@ -12,17 +12,11 @@ from qoq.server.errors import bad_request
 # Field -> the values that ask for nothing, and so are let through (None always is).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
-    "prompt_logprobs": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "suffix": ("",),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
-    "truncate_prompt_tokens": (),
-    "priority": (0,),
-    "chat_template": (),
     "documents": ([],),
     "previous_response_id": (),
     "conversation": (),
@@ -30,6 +24,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "truncation": ("disabled",),
 }
+# What to send instead.
+_INSTEAD = {"functions": "use tools instead", "function_call": "use tool_choice instead"}
 
 
 def refuse_unsupported(body: BaseModel, **more: Any) -> None:
@@ -39,7 +35,7 @@ def refuse_unsupported(body: BaseModel, **more: Any) -> None:
         value = values.get(name)
         if value is not None and value not in harmless:
             raise bad_request(
-                f"{name} is not supported by this server yet; leave it out.",
+                f"{name} is not supported by this server; {_INSTEAD.get(name, 'leave it out')}.",
                 param=name,
                 code="unsupported_parameter",
             )
