@@ -68,12 +68,14 @@ class KVCacheFullError(QoqError):
 class RequestError(QoqError):
     """A generation request that cannot be honoured: too long, bad sampling parameters, ...
 
-    ``param``: the field of the request that it is about, where there is one.
+    ``param``: the field of the request that it is about, where there is one; ``code``: a short name
+    that programs may know.
     """
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class ServerError(QoqError):

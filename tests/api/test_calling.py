@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_what_a_model_can_do(tokenizer: Tokenizer) -> None:
     def of(template: str | None, **options: Any) -> tuple[str | None, bool, list[str]]:
-        made = ToolCalling.of_model(tokenizer, template, "llama", **options)
+        made = ToolCalling.of_model(tokenizer, "llama", template=template, **options)
         return made.parser, made.auto, list(made.marks.values())
 
     assert of(HERMES) == ("hermes", True, ["<tool_call>"])  # the other one shows by itself
@@ -48,7 +48,7 @@ def test_what_a_model_can_do(tokenizer: Tokenizer) -> None:
 
 
 def test_what_is_asked_of_the_engine(tokenizer: Tokenizer) -> None:
-    calling = ToolCalling.of_model(tokenizer, HERMES, "")
+    calling = ToolCalling.of_model(tokenizer, "", template=HERMES)
     params = SamplingParams(max_tokens=3, stop="x")
 
     def shaped(tools: Any, choice: Any) -> SamplingParams:
@@ -65,13 +65,23 @@ def test_what_is_asked_of_the_engine(tokenizer: Tokenizer) -> None:
     strict = shaped(STRICT, "auto")
     assert strict.structured_outputs is not None
     assert strict.shown_special_ids
-    form = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
-    assert calling.shape(form, calling.plan(TOOLS, "auto")).structured_outputs is not None
-    for tools, choice in ((TOOLS, "required"), (STRICT, "auto")):
+    text, answer = StructuredOutputsParams(regex="a"), StructuredOutputsParams(json=True)
+    params = SamplingParams(structured_outputs=text)
+    plan = calling.plan(TOOLS, "auto", form=text)
+    assert calling.shape(params, plan).structured_outputs == text
+    plan = calling.plan(TOOLS, "auto", form=answer)
+    assert plan.structure is not None
+    assert plan.structure["structural_tag"]["otherwise"] == {}
+    assert calling.plan(TOOLS, "none", form=answer) == ToolPlan()
+    for tools, choice, form in (
+        (TOOLS, "required", text),
+        (TOOLS, "required", answer),
+        (STRICT, "auto", text),
+    ):
         with pytest.raises(RequestError, match="response_format") as caught:
-            calling.shape(form, calling.plan(tools, choice))
+            calling.plan(tools, choice, form=form)
         assert caught.value.param == "tools"
-    off = ToolCalling.of_model(tokenizer, HERMES, "", auto=False)
+    off = ToolCalling.of_model(tokenizer, "", template=HERMES, auto=False)
     with pytest.raises(RequestError, match="--enable-auto-tool-choice"):
         off.plan(TOOLS, "auto")
     assert off.plan(TOOLS, "none") == off.plan(None, None) == ToolPlan()
@@ -92,7 +102,7 @@ def put_together(deltas: list[dict[str, Any]]) -> tuple[str, list[list[str]]]:
 
 
 def test_deltas_wherever_the_text_is_cut(tokenizer: Tokenizer) -> None:
-    calling = ToolCalling.of_model(tokenizer, HERMES, "")
+    calling = ToolCalling.of_model(tokenizer, "", template=HERMES)
     plan = calling.plan(TOOLS, "auto")
     wanted = ("Hm, é.", [["f", '{"a": "é"}'], ["g", "{}"]])
     for first in range(len(TEXT) + 1):
@@ -111,19 +121,19 @@ def test_deltas_token_by_token(tokenizer: Tokenizer, seed: int) -> None:
     """As the engine makes them: a token at a time, marks as the special tokens they are."""
     from qoq.engine.request import Request
 
-    calling = ToolCalling.of_model(tokenizer, HERMES, "")
+    calling = ToolCalling.of_model(tokenizer, "", template=HERMES)
     plan = calling.plan(TOOLS, "auto")
     params = calling.shape(SamplingParams(max_tokens=500, stop=["zz", "</to zz"][:seed]), plan)
     request = Request([5], params, max_length=500, tokenizer=tokenizer)
     reader, deltas = TextReader(plan), []
     for i in tokenizer.encode(TEXT, special=False):
-        deltas += calling.deltas(reader.read(request.accept(i, 0.0).text))
-    deltas += calling.deltas(reader.read(request.fail("").text, last=True))
+        deltas += calling.deltas(reader.read(request.accept(i, 0.0)))
+    deltas += calling.deltas(reader.read(request.fail(""), last=True))
     assert put_together(deltas) == ("Hm, é.", [["f", '{"a": "é"}'], ["g", "{}"]])
 
 
 def test_messages(tokenizer: Tokenizer) -> None:
-    calling = ToolCalling.of_model(tokenizer, HERMES, "")
+    calling = ToolCalling.of_model(tokenizer, "", template=HERMES)
     plain = calling.message(ToolText("hello"))
     assert plain == {"role": "assistant", "content": "hello", "refusal": None}
     assert calling.message(ToolText())["content"] == ""
@@ -138,7 +148,7 @@ def test_messages(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_that_mistrals_templates_take(tokenizer: Tokenizer) -> None:
-    calling = ToolCalling.of_model(tokenizer, "[TOOL_CALLS]", "", auto=False)
+    calling = ToolCalling.of_model(tokenizer, "", template="[TOOL_CALLS]", auto=False)
     ids = {calling.new_id() for _ in range(50)}
     assert len(ids) == 50
     assert all(len(i) == 9 and i.isalnum() for i in ids)

@@ -55,9 +55,9 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
     return Grammars(tokenizer, len(tokenizer))
 
 
-def written(tokenizer: Tokenizer, grammars: Grammars, text: str) -> str:
+def written(tokenizer: Tokenizer, grammars: Grammars, text: str, **keys: Any) -> str:
     """As much of the text as is allowed, and "$" if it may end there."""
-    m = grammars.matcher(StructuredOutputsParams(structural_tag=TAG), [EOS])
+    m = grammars.matcher(StructuredOutputsParams(structural_tag={**TAG, **keys}), [EOS])
     ids = tokenizer.encode(text, special=False)
     for at, i in enumerate(ids):
         if not m.allowed()[i]:
@@ -65,6 +65,11 @@ def written(tokenizer: Tokenizer, grammars: Grammars, text: str) -> str:
         m.accept(i)
     assert m.error is None
     return text + "$" * bool(m.allowed()[EOS])
+
+
+def spelled_out(text: str, upto: str) -> str:
+    """What ``written`` gives: "$" is all of it, "..." all of it without an end."""
+    return {"$": text + "$", "...": text}.get(upto, upto)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def written(tokenizer: Tokenizer, grammars: Grammars, text: str) -> str:
         ('<call>{"name": "f", {"city": "Rome"}}\n', "$"),
         ('So: <call>{"name": "g", [1, 2]}\n<call>{"name": "f", {"city": "Köln"}}\n bye', "$"),
         ('<think>a [CALL]f[ARGS]{"city": "Rome"} and {{true}}{{false}}', "$"),
-        ('<call>{"name": "f", {"city": "Rome"', ""),
+        ('<call>{"name": "f", {"city": "Rome"', "..."),
         ('<call>{"name": "h"', '<call>{"name": "'),
         ('<call>{"name": "f", {"city": "P', '<call>{"name": "f", {"city": "'),
         ("[CALL]f{", "[CALL]f"),
@@ -86,8 +91,40 @@ def written(tokenizer: Tokenizer, grammars: Grammars, text: str) -> str:
 def test_what_may_be_written(
     tokenizer: Tokenizer, grammars: Grammars, text: str, upto: str
 ) -> None:
-    wanted = text + upto if upto in ("", "$") else upto
-    assert written(tokenizer, grammars, text) == wanted
+    assert written(tokenizer, grammars, text) == spelled_out(text, upto)
+
+
+@pytest.mark.parametrize(
+    ("text", "upto"),
+    [
+        ('{"city": "Rome"}', "$"),
+        ('<call>{"name": "g", 1}\n\n[CALL]f[ARGS]{"city": "Rome"} {{true}}\n', "$"),
+        ("{{false}}", "$"),
+        ("{", "..."),
+        ("So: ", ""),
+        ('{{true}} {"city"', "{{true}} {"),
+        (" {{true}}", ""),
+        ('{"city": "Rome"}<call>', '{"city": "Rome"}'),
+    ],
+)
+def test_structures_or_json(tokenizer: Tokenizer, grammars: Grammars, text: str, upto: str) -> None:
+    assert written(tokenizer, grammars, text, otherwise=CITY) == spelled_out(text, upto)
+
+
+@pytest.mark.parametrize(
+    ("text", "upto"),
+    [
+        ("", "$"),
+        ("{ {a} <think>{{true}}", "$"),
+        ("a {{tell", "$"),
+        ("{{true}}", "$"),
+        (" {{true", " {"),
+        ('<call>{"name": "f", {"city": "Köln"}}\n', "$"),
+        ("{{true}} {{", "{{true}}"),
+    ],
+)
+def test_only_at_the_start(tokenizer: Tokenizer, grammars: Grammars, text: str, upto: str) -> None:
+    assert written(tokenizer, grammars, text, at_start=True) == spelled_out(text, upto)
 
 
 @settings(max_examples=20, deadline=None)
@@ -124,6 +161,8 @@ def test_any_walk_keeps_to_it(tokenizer: Tokenizer, data: st.DataObject) -> None
         {"structures": [{"begin": "a", "schema": {}, "end": ""}], "triggers": ["a", ""]},
         {"structures": ["a"], "triggers": ["a"]},
         {"format": {"type": "triggered_tags"}},
+        {**TAG, "otherwise": "JSON"},
+        {**TAG, "otherwise": {}, "at_start": True},
     ],
 )
 def test_what_is_none(tag: Any) -> None:

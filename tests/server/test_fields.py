@@ -7,13 +7,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helpers import serving
 from helpers.serving import Client
-from qoq.server.cut import Cut
-from qoq.server.errors import APIError
 from qoq.server.model import ServedModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -82,35 +78,6 @@ async def test_cuts_that_cannot_be(app: Client, count: Any) -> None:
         got = await app.post(path, {**GREEDY, **prompt, "truncate_prompt_tokens": count})
         assert got.status_code == 400
         assert got.json()["error"]["param"] == "truncate_prompt_tokens"
-
-
-@given(
-    ids=st.lists(st.integers(0, 9), max_size=20),
-    count=st.integers(1, 20),
-    right=st.booleans(),
-    bos=st.none() | st.integers(0, 9),
-)
-async def test_cut(ids: list[int], count: int, right: bool, bos: int | None) -> None:
-    kept = Cut(count, "right" if right else "left").ids(ids, bos)
-    assert len(kept) == min(count, len(ids))
-    if right:
-        assert kept == ids[: len(kept)]
-    elif len(ids) > count > 1 and ids[0] == bos:
-        assert kept == [bos, *ids[1 - count :]]
-    else:
-        assert kept == ids[len(ids) - len(kept) :]
-
-
-async def test_cut_without_room() -> None:
-    def asked(count: int | None, max_tokens: int | None) -> Cut | None:
-        return Cut.asked(count, None, max_model_len=10, max_tokens=max_tokens)
-
-    assert asked(None, 3) is None
-    assert asked(-1, None) == Cut(9)
-    assert asked(-1, 4) == asked(6, 4) == Cut(6)
-    assert asked(-1, 10) is None  # new tokens that leave no room have an error of their own
-    with pytest.raises(APIError, match="from 1 to 6"):
-        asked(7, 4)
 
 
 async def test_logprobs_of_a_conversations_prompt(app: Client) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from helpers import serving
+from qoq.api.sampling import Ends, sampling_defaults, sampling_params
 from qoq.engine.choices import choices
 from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.server.logs import JsonFormatter, TextFormatter
-from qoq.server.model import ServedModel, sampling_defaults
+from qoq.server.model import ServedModel
 from qoq.server.report import report_lines, start_report
-from qoq.server.sampling import Ends, sampling_params
 from qoq.server.settings import ServerSettings
 
 

@@ -29,6 +29,8 @@ TEXTS: list[tuple[str, str | None, list[tuple[str, str]]]] = [
         [("weather", ARGUMENTS), ("now", "{}")],
     ),
     ("a < b <tool_cal", "a < b <tool_cal", []),
+    # All of this call is known with the last token.
+    ('<tool_call>{"name": "now"}', None, [("now", "{}")]),
 ]
 
 
@@ -214,9 +216,30 @@ async def test_a_strict_function_that_the_model_calls_by_itself(
     [(name, arguments)] = calls_of((await ask(app, **body))["choices"][0]["message"])
     assert name == "weather"
     assert obeys(arguments)
-    both = await app.post(PATH, {**BODY, **body, "response_format": {"type": "json_object"}})
+    both = await app.post(PATH, {**BODY, **body, "structured_outputs": {"regex": "a"}})
     assert both.status_code == 400
     assert "response_format" in both.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("likes_calls", [True, False])
+async def test_words_in_json_or_a_call(app: Client, caller: ServedModel, likes_calls: bool) -> None:
+    [mark] = caller.tokenizer.encode("<tool_call>", special=False)
+    schema = {"enum": ["ab", "cd"]}
+    body = {
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+        "logit_bias": {str(mark): 100 if likes_calls else -100},
+        "tools": [tool("weather", WEATHER, strict=True)],
+        "parallel_tool_calls": False,
+        "temperature": 1.0,
+    }
+    [choice] = (await ask(app, **body))["choices"]
+    if likes_calls:
+        [(name, arguments)] = calls_of(choice["message"])
+        assert name == "weather"
+        assert obeys(arguments)
+    else:
+        assert json.loads(choice["message"]["content"]) in ("ab", "cd")
+        assert choice["finish_reason"] == "stop"
 
 
 async def prompt_of(app: Client, messages: Any, **more: Any) -> str:

@@ -95,6 +95,29 @@ def test_texts(tokenizer: Tokenizer) -> None:
             assert not fits(text), (family, text)
 
 
+ANSWER = {"type": "object", "properties": {"say": {"$ref": "#/$defs/say"}}, "required": ["say"]}
+ANSWER |= {"additionalProperties": False, "$defs": {"say": {"enum": ["yes"]}}}
+
+
+def test_an_answer_with_a_schema(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, len(tokenizer))
+    for family, ((first, second), _) in TEXTS.items():
+        plan = plan_tools(TOOLS, parser=family.split(",")[0], answer=ANSWER)
+        assert plan.structure is not None
+        structure = StructuredOutputsParams(**plan.structure)
+        good = ['{"say": "yes"}', first % STRICT, second % LOOSE]
+        for text in [*good, "Hello.", '{"say": "no"', first % LOOSE]:
+            m = grammars.matcher(structure, [EOS])
+            for i in [*tokenizer.encode(text, special=False), EOS]:
+                fits = bool(m.allowed()[i])
+                if not fits or i == EOS:
+                    break
+                m.accept(i)
+            assert m.error is None
+            assert fits == (text in good), (family, text)
+    assert plan_tools(TOOLS, "none", answer=ANSWER).structure is None  # the form itself is enough
+
+
 def test_only_where_a_function_is_strict(tmp_path: Path) -> None:
     assert plan_tools(TOOLS[1:], parser="hermes").structure is None
     assert plan_tools(TOOLS, "none", parser="hermes").structure is None

@@ -1,5 +1,6 @@
 """Tool calls between OpenAI's API and a model: plans for requests, calls in answers."""
 
+import json
 import secrets
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,19 +37,25 @@ class ToolCalling:
     def of_model(
         cls,
         tokenizer: Tokenizer,
-        template: str | None,
         model_type: str,
         *,
+        template: str | None = None,
         parser: str = AUTO,
         auto: bool | None = None,
     ) -> "ToolCalling":
-        """That of a model whose conversations with tools go through ``template``.
+        """That of a model, by its chat template or the ``template`` in that one's place.
 
         parser: a name in PARSERS, or "auto": as the template shows. ``auto`` None: where there is a
         parser. Raises RequestError for an unknown parser, and for ``auto`` without one.
         """
         check_parser(parser)
-        name = choose_parser(template, model_type) if parser == AUTO else parser
+        name: str | None = parser
+        if parser == AUTO:
+            try:
+                source = tokenizer.chat_template(template, tools=True).source
+            except RequestError:  # there is none
+                source = None
+            name = choose_parser(source, model_type)
         if auto and name is None:
             raise RequestError(
                 "The chat template does not show how this model writes calls; name it with "
@@ -64,18 +71,33 @@ class ToolCalling:
         tool_choice: str | Mapping[str, Any] | None,
         *,
         parallel: bool | None = None,
+        form: StructuredOutputsParams | None = None,
     ) -> ToolPlan:
         """What a request's tools (in the shape of chat completions) and its choice mean here.
 
-        Raises RequestError naming the field.
+        ``form`` is what the request wants its text to look like. JSON is for answers without calls;
+        other forms are for the text as a whole, whatever is then found in it, and leave no room for
+        forms of calls. Raises RequestError naming the field.
         """
+        kind, text = ("", "") if form is None else form.spec()
+        answer = json.loads(text) if kind in ("json", "json_object") else None
+        if answer is True:
+            answer = {}
         plan = plan_tools(
             tools,
             tool_choice,
             parser=self.parser if self.auto else None,
             hidden=tuple(self.marks.values()),
             parallel=parallel is not False,
+            answer=answer,
         )
+        forced = plan.choice in ("required", "named")
+        if plan.structure is not None and form is not None and (forced or answer is None):
+            raise RequestError(
+                "A forced call and a strict function say what the text looks like, and so does "
+                "response_format (or structured_outputs); leave one of them out.",
+                param="tools",
+            )
         if plan.choice == "auto" and plan.parser is None:
             raise RequestError(
                 'tools: "auto" tool choice is off here; it needs --enable-auto-tool-choice and '
@@ -85,13 +107,7 @@ class ToolCalling:
         return plan
 
     def shape(self, params: SamplingParams, plan: ToolPlan) -> SamplingParams:
-        """``params`` for a text by ``plan``. Raises RequestError where both want a form."""
-        if plan.structure is not None and params.structured_outputs is not None:
-            raise RequestError(
-                "A forced call and a strict function say what the text looks like, and so does "
-                "response_format (or structured_outputs); leave one of them out.",
-                param="tools",
-            )
+        """``params`` for a text by ``plan``, whose form takes the place of any other."""
         if plan.structure is not None:
             form = StructuredOutputsParams(**plan.structure)
             params = replace(params, structured_outputs=form)

@@ -2,9 +2,10 @@
 
 The notation is the one that other engines know: ``structures`` of begin, schema and end, and
 ``triggers``, the beginnings of begins. Text is free up to a trigger; from there on it must go on as
-one of the structures that begin with it, and is free again behind its end. Ours alone is
+one of the structures that begin with it, and is free again behind its end. Two keys are ours alone.
 ``at_start``: a text that begins with a trigger, or with space and a trigger, is one structure, and
-any other is free throughout.
+any other is free throughout. ``otherwise``: a schema; the text is structures and nothing else, or
+JSON of that schema.
 """
 
 import json
@@ -19,8 +20,8 @@ Tag = Mapping[str, Any]
 
 def check(tag: object) -> None:
     """Raise RequestError unless ``tag`` is a structural tag."""
-    structures = tag.get("structures") if isinstance(tag, Mapping) else None
-    triggers = tag.get("triggers") if isinstance(tag, Mapping) else None
+    tag = tag if isinstance(tag, Mapping) else {}
+    structures, triggers = tag.get("structures"), tag.get("triggers")
     if not isinstance(structures, list) or not isinstance(triggers, list):
         raise RequestError("structural_tag must have a list of structures and a list of triggers.")
     if not structures or not all(isinstance(t, str) and t for t in triggers):
@@ -34,8 +35,10 @@ def check(tag: object) -> None:
             )
         if not isinstance(structure.get("end"), str):
             raise RequestError(f"structural_tag: structures[{at}].end must be a text.")
-        if not isinstance(structure.get("schema"), Mapping | bool):
+        if not _is_schema(structure.get("schema")):
             raise RequestError(f"structural_tag: structures[{at}].schema must be a JSON schema.")
+    if "otherwise" in tag and (tag.get("at_start") or not _is_schema(tag["otherwise"])):
+        raise RequestError("structural_tag: otherwise must be a JSON schema, without at_start.")
 
 
 def lark(tag: Tag, special: Mapping[str, int], free: Collection[int], whitespace: str) -> str:
@@ -75,9 +78,17 @@ def lark(tag: Tag, special: Mapping[str, int], free: Collection[int], whitespace
         rules.append(f"OTHER: /(.|\\n)*/ & ~/[ \\t\\r\\n]*({begun})(.|\\n)*/")
         rules.append(f"start: OTHER | OTHER ({loose}) text" if loose else "start: OTHER")
         return "\n".join([*rules, *(f"  | {bodies(t, 0)}" for t in used)])
-    rules.append(f"start: ({' | '.join(f'tag_{at}' for at in range(len(used)))})* text")
+    tags = " | ".join(f"tag_{at}" for at in range(len(used)))
+    if "otherwise" in tag:
+        rules.append("SPACE: /[ \\t\\r\\n]{1,40}/")
+        json_text = f"%json {_schema(tag['otherwise'], whitespace)}"
+        rules.append(f"start: ({tags}) (SPACE? ({tags}))* SPACE? | {json_text}")
+    else:
+        rules.append(f"start: ({tags})* text")
     for at, trigger in enumerate(used):
-        if split.match(trigger):
+        if "otherwise" in tag:
+            lead = spelled(trigger)
+        elif split.match(trigger):
             lead = f"text {spelled(trigger)}"
         elif split.search(trigger):
             raise RequestError("structural_tag: a trigger may have a special token only in front.")
@@ -87,6 +98,10 @@ def lark(tag: Tag, special: Mapping[str, int], free: Collection[int], whitespace
             lead = f"(TEXT? ({loose}))* lead_{at}" if loose else f"lead_{at}"
         rules.append(f"tag_{at}: {lead} ({bodies(trigger, len(trigger))})")
     return "\n".join(rules)
+
+
+def _is_schema(value: object) -> bool:
+    return isinstance(value, Mapping | bool)
 
 
 def _schema(schema: Mapping[str, Any] | bool, whitespace: str) -> str:

@@ -9,16 +9,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.checks import check_chat
+from qoq.api.forms import requested_form
 from qoq.api.logprobs import best
+from qoq.api.protocol import ChatRequest
+from qoq.api.sampling import Ends, sampling_params
 from qoq.errors import RequestError
 from qoq.server.context import Context, Texts, note, request_id, respond
-from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
-from qoq.server.protocol import ChatRequest
-from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, event
 from qoq.server.tally import Tally
-from qoq.server.unsupported import refuse_unsupported
 from qoq.tools.calls import collect
 from qoq.tools.reader import TextReader
 from qoq.tools.request import ToolPlan
@@ -58,9 +58,12 @@ class _Job:
     async def make(cls, context: Context, body: ChatRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
         name = context.check_model(body.model)
-        _check(body)
+        check_chat(body)
         plan = context.model.tools.plan(
-            body.tools, body.tool_choice, parallel=body.parallel_tool_calls
+            body.tools,
+            body.tool_choice,
+            parallel=body.parallel_tool_calls,
+            form=requested_form(vars(body)),
         )
         text = await context.prompts.render(
             body.messages,
@@ -176,19 +179,3 @@ class _Job:
 
     def _note(self, tally: Tally) -> None:
         note(self.request, model=self.name, **tally.counts())
-
-
-def _check(body: ChatRequest) -> None:
-    """Raise a 400 for what a conversation cannot ask."""
-    check_logprobs(body.top_logprobs, "top_logprobs")
-    check_logprobs(body.prompt_logprobs, "prompt_logprobs")
-    if body.top_logprobs and not body.logprobs:
-        raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    if body.prompt_logprobs is not None and body.stream:
-        raise bad_request(
-            "prompt_logprobs of a conversation are not streamed; leave out stream.",
-            param="prompt_logprobs",
-        )
-    refuse_unsupported(body, echo=None)
-    if body.echo:
-        raise bad_request("echo is not supported for conversations.", param="echo")

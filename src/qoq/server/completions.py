@@ -8,17 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from qoq.api.checks import check_completion
 from qoq.api.logprobs import best
+from qoq.api.protocol import DEFAULT_MAX_TOKENS, CompletionRequest
+from qoq.api.sampling import Ends, sampling_params
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
-from qoq.server.protocol import CompletionRequest
-from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, event
 from qoq.server.tally import Tally
-from qoq.server.unsupported import refuse_unsupported
-
-DEFAULT_MAX_TOKENS = 16
 
 
 def routes(context: Context) -> APIRouter:
@@ -57,18 +55,18 @@ class _Job:
     async def make(cls, context: Context, body: CompletionRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
         name = context.check_model(body.model)
-        check_logprobs(body.logprobs, "logprobs")
-        check_logprobs(body.prompt_logprobs, "prompt_logprobs")
+        check_completion(body)
         # With echo, logprobs are asked for the prompt too, whose tokens are then part of the text.
         asked_of_prompt = [body.prompt_logprobs, body.logprobs if body.echo else None]
         of_prompt = max((count for count in asked_of_prompt if count is not None), default=None)
-        refuse_unsupported(body)
         asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         cut = context.prompts.cut(body, asked)
         prompts: list[list[int]] = []
         shown: list[str] = []
         texts: Texts = []
-        for prompt in _as_list(body.prompt):
+        asked_for = _as_list(body.prompt)
+        context.engine.check_count(len(asked_for) * (body.n or 1))
+        for prompt in asked_for:
             ids = await context.prompts.encode_any(prompt, special=body.add_special_tokens, cut=cut)
             params = sampling_params(
                 body,

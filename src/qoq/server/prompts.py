@@ -6,20 +6,19 @@ before they start.
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from qoq.api.cut import Cut
+from qoq.api.messages import plain_messages, shown_tools
+from qoq.api.protocol import Message, SamplingFields
 from qoq.errors import RequestError
-from qoq.server.cut import Cut
 from qoq.server.errors import bad_request
-from qoq.server.protocol import Message, MessageCall, SamplingFields, TextPart
 from qoq.server.templates import TemplateProcess
 from qoq.tokenizer import ChatTemplate, Tokenizer
 
 _THREADS = 2
-_TEXT_PARTS = ("text", "input_text", "output_text")
 T = TypeVar("T")
 
 
@@ -82,6 +81,8 @@ class Prompts:
         """Ids of a text, or the ids given once they are found to be of this vocabulary."""
         if isinstance(prompt, str):
             return await self.encode(prompt, special=special, cut=cut)
+        if cut is None and len(prompt) >= self.max_model_len:  # before a million are looked at
+            raise self._too_long(str(len(prompt)))
         self.check_ids(prompt, "prompt")
         ids = list(prompt)
         return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
@@ -102,7 +103,7 @@ class Prompts:
         brings, in place of the model's.
         """
         chosen = self._chosen(template, with_tools=bool(tools))
-        plain = [plain_message(message) for message in messages]
+        plain = plain_messages(messages)
         return await asyncio.get_running_loop().run_in_executor(
             self._renderer,
             lambda: self._templates.render(
@@ -110,7 +111,7 @@ class Prompts:
                 plain,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tools=[shown_tool(tool) for tool in tools] if tools else None,
+                tools=shown_tools(tools),
                 variables=variables,
             ),
         )
@@ -140,12 +141,7 @@ class Prompts:
 
     def cut(self, body: SamplingFields, max_tokens: int | None) -> Cut | None:
         """How ``body`` wants its prompts shortened; APIError 400 where that cannot be."""
-        return Cut.asked(
-            body.truncate_prompt_tokens,
-            body.truncation_side,
-            max_model_len=self.max_model_len,
-            max_tokens=max_tokens,
-        )
+        return Cut.asked(body, max_model_len=self.max_model_len, max_tokens=max_tokens)
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
         """Raise APIError 400 for an id outside the vocabulary."""
@@ -196,53 +192,3 @@ class Prompts:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: content is a string, and arguments of calls are objects.
-
-    Text parts are joined by newlines. Arguments that are no object's JSON stay the text they are:
-    an answer may have been cut off within them.
-    """
-    plain: dict[str, Any] = {"role": message.role, **(message.model_extra or {})}
-    if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(_part_text(part) for part in message.content)
-    elif message.content is not None:
-        plain["content"] = message.content
-    return plain
-
-
-def _plain_call(call: MessageCall) -> dict[str, Any]:
-    arguments: Any = call.function.arguments or {}
-    if isinstance(arguments, str):
-        try:
-            value = json.loads(arguments)
-        except (ValueError, RecursionError):
-            value = None
-        arguments = value if isinstance(value, dict) else arguments
-    plain: dict[str, Any] = {} if call.id is None else {"id": call.id}
-    plain["type"] = call.type
-    return {**plain, "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def shown_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as the model is shown it: how strictly it is called is not its business."""
-    function = tool.get("function")
-    if not isinstance(function, Mapping) or "strict" not in function:
-        return dict(tool)
-    return {**tool, "function": {k: v for k, v in function.items() if k != "strict"}}
-
-
-def _part_text(part: TextPart | str) -> str:
-    if isinstance(part, str):
-        return part
-    if part.type not in _TEXT_PARTS:
-        raise bad_request(
-            f"Content of type {part.type[:40]!r} is not supported; this model reads text only.",
-            param="messages",
-        )
-    return part.text or ""

@@ -5,8 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qoq.server.errors import bad_request
-from qoq.server.protocol import (
+from qoq.api.protocol import (
     Body,
     CalledFunction,
     Message,
@@ -14,6 +13,7 @@ from qoq.server.protocol import (
     ResponsesRequest,
     TextPart,
 )
+from qoq.server.errors import bad_request
 
 
 class _Call(Body):

@@ -10,18 +10,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.checks import refuse_unsupported
+from qoq.api.forms import requested_form
+from qoq.api.protocol import ResponsesRequest
+from qoq.api.sampling import Ends, sampling_params
 from qoq.engine.request import SamplingParams
 from qoq.errors import RequestError
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
-from qoq.server.protocol import ResponsesRequest
 from qoq.server.response_input import choice_of, messages_of, tools_of
 from qoq.server.response_output import Output
-from qoq.server.sampling import Ends, sampling_params
 from qoq.server.sse import Events, event
 from qoq.server.tally import Tally
-from qoq.server.unsupported import refuse_unsupported
 from qoq.tools.reader import TextReader
 from qoq.tools.request import ToolPlan
 
@@ -74,7 +75,12 @@ class _Job:
         if body.prompt is not None:
             raise bad_request("Stored prompts are not supported.", param="prompt")
         calling, tools = context.model.tools, tools_of(body)
-        plan = calling.plan(tools, choice_of(body), parallel=body.parallel_tool_calls)
+        plan = calling.plan(
+            tools,
+            choice_of(body),
+            parallel=body.parallel_tool_calls,
+            form=requested_form(vars(body)),
+        )
         shown = None if plan.choice == "none" else tools
         text = await context.prompts.render(messages_of(body), tools=shown)
         ids = await context.prompts.encode(text, special=False)

@@ -4,9 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from qoq.api.checks import refuse_unsupported
+from qoq.api.protocol import DetokenizeRequest, TokenizeRequest
 from qoq.server.context import Context
-from qoq.server.protocol import DetokenizeRequest, TokenizeRequest
-from qoq.server.unsupported import refuse_unsupported
 
 
 def routes(context: Context) -> APIRouter:

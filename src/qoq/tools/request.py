@@ -8,7 +8,8 @@ from typing import Any, Literal
 from qoq.errors import RequestError
 from qoq.tools.machine import Parser
 from qoq.tools.parsers import PARSERS, CallList, OneCall
-from qoq.tools.strict import strict_form
+from qoq.tools.schemas import Schema, list_of_calls
+from qoq.tools.strict import call_form
 
 MAX_TOOLS = 128
 MAX_DEPTH = 100  # of the JSON of tools; what reads it goes down one call a level
@@ -38,6 +39,7 @@ def plan_tools(
     parser: str | None = None,
     hidden: Collection[str] = (),
     parallel: bool = True,
+    answer: Schema | None = None,
 ) -> ToolPlan:
     """What ``tool_choice`` means with these ``tools``, both as in OpenAI's requests.
 
@@ -45,7 +47,8 @@ def plan_tools(
     function by name. ``parser`` (a name in PARSERS) is for "auto"; without one no calls are looked
     for; ``hidden``: texts of special tokens that the parser sees and content must not show.
     ``parallel`` False allows one call only. A forced call obeys its function's schema, and so does
-    every call of a function that is ``strict``. Raises RequestError.
+    every call of a function that is ``strict``; with ``answer``, a text without calls is JSON of
+    that schema. Raises RequestError.
     """
     functions = _functions(tools or ())
     names = [function["name"] for function in functions]
@@ -64,11 +67,11 @@ def plan_tools(
         if parser not in PARSERS:
             known = ", ".join(PARSERS)
             raise RequestError(f"There is no tool call parser {parser!r}; there are {known}.")
-        strict = any(function["strict"] for function in functions)
-        form = strict_form(parser, functions) if strict else None
+        held = answer is not None or any(function["strict"] for function in functions)
+        form = call_form(parser, functions, answer) if held else None
         return ToolPlan("auto", form, partial(PARSERS[parser], hidden), parallel)
     if tool_choice == "required":
-        schema = _list_schema(functions, parallel)
+        schema = list_of_calls(functions, parallel)
         return ToolPlan("required", {"json": schema}, CallList, parallel)
     name = _chosen(tool_choice)
     if name not in names:
@@ -142,50 +145,3 @@ def _chosen(tool_choice: object) -> str:
             param="tool_choice",
         )
     return name
-
-
-def _list_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """A list of calls, each of one of the functions.
-
-    Schemas refer to their own definitions by "#/$defs/...", which here is the root of another
-    schema, so definitions move there under names of their own.
-    """
-    definitions: dict[str, Any] = {}
-    calls = []
-    for at, function in enumerate(functions):
-        parameters = dict(function["parameters"])
-        for key in ("$defs", "definitions"):
-            for name, value in dict(parameters.pop(key, {})).items():
-                definitions[f"{at}-{key}-{name}"] = _moved(value, at)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    "parameters": _moved(parameters, at),
-                },
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if not parallel:
-        schema["maxItems"] = 1
-    return {**schema, "$defs": definitions} if definitions else schema
-
-
-def _moved(value: Any, at: int) -> Any:
-    """A schema whose references lead to where its definitions went."""
-    if isinstance(value, list):
-        return [_moved(item, at) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    out = {key: _moved(item, at) for key, item in value.items()}
-    target = out.get("$ref")
-    if isinstance(target, str):
-        for key in ("$defs", "definitions"):
-            prefix = f"#/{key}/"
-            if target.startswith(prefix):
-                name, _, rest = target.removeprefix(prefix).partition("/")
-                out["$ref"] = f"#/$defs/{at}-{key}-{name}" + (f"/{rest}" if rest else "")
-    return out

@@ -1,16 +1,30 @@
 """Forms in which a model may answer in words or call, for structured output.
 
 A function that is marked ``strict`` is called with arguments that obey its schema, also where the
-model itself decides whether to call. So each family's way of writing calls is given as a form of
-the whole text: free up to a call's beginning, then one of the functions with its schema. Calls are
-written in one spelling, the one that the family's own templates show.
+model itself decides whether to call, and an answer in words may have a schema too. So each family's
+way of writing calls is given as a form of the whole text: free up to a call's beginning (or JSON
+instead), then one of the functions with its schema. Calls are written in one spelling, the one that
+the family's own templates show.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Function = Mapping[str, Any]  # name, parameters (a JSON schema), strict
+from qoq.tools.schemas import Function, Schema, call_or, parameters_of
+
+
+def call_form(
+    parser: str, functions: Sequence[Function], answer: Schema | None = None
+) -> dict[str, Any]:
+    """Arguments of StructuredOutputsParams for a text that ``parser`` (a name in PARSERS) reads.
+
+    answer: the schema of a text without calls; None: any text.
+    """
+    if parser == "llama3_json" and answer is not None:
+        return {"json": call_or(answer, functions)}  # a call is such JSON itself
+    tag = _FORMS[parser](functions)
+    return {"structural_tag": tag if answer is None else {**tag, "otherwise": answer}}
 
 
 def _hermes(functions: Sequence[Function]) -> dict[str, Any]:
@@ -40,7 +54,7 @@ def _tag(
     structures = [
         {
             "begin": begin.format(name=json.dumps(function["name"]), bare=function["name"]),
-            "schema": function["parameters"] if function["strict"] else {"type": "object"},
+            "schema": parameters_of(function),
             "end": end,
         }
         for begin, end in ways
@@ -49,13 +63,4 @@ def _tag(
     return {"triggers": triggers, "structures": structures}
 
 
-_FORMS: dict[str, Callable[[Sequence[Function]], dict[str, Any]]] = {
-    "hermes": _hermes,
-    "llama3_json": _llama3,
-    "mistral": _mistral,
-}
-
-
-def strict_form(parser: str, functions: Sequence[Function]) -> dict[str, Any]:
-    """Arguments of StructuredOutputsParams for a text that ``parser`` (a name in PARSERS) reads."""
-    return {"structural_tag": _FORMS[parser](functions)}
+_FORMS = {"hermes": _hermes, "llama3_json": _llama3, "mistral": _mistral}

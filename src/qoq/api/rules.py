@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qoq.api.forms import requested_form
-from qoq.server.errors import bad_request
+from qoq.errors import RequestError
 
 
 def rules(body: object, defaults: Mapping[str, float]) -> dict[str, Any]:
     """Arguments of SamplingParams; fields that ``body`` lacks or leaves out keep their defaults.
 
-    ``defaults``: the model's own. Raises APIError 400 or RequestError naming the field.
+    ``defaults``: the model's own. Raises RequestError naming the field.
     """
     found: dict[str, Any] = {}
     for name in (
@@ -41,7 +41,7 @@ def _bias(bias: Mapping[str, float]) -> dict[int, float]:
     try:
         return {int(key): value for key, value in bias.items()}
     except ValueError:
-        raise bad_request(
+        raise RequestError(
             "logit_bias must map token ids (whole numbers, as JSON keys) to numbers.",
             param="logit_bias",
         ) from None

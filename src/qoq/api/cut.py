@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qoq.server.errors import bad_request
+from qoq.api.protocol import SamplingFields
+from qoq.errors import RequestError
 
 # Where a text is cut before it is read, its first tokens may be others than within the whole text.
 _MARGIN = 4096  # characters
@@ -22,22 +23,18 @@ class Cut:
 
     @classmethod
     def asked(
-        cls,
-        count: int | None,
-        side: Literal["left", "right"] | None,
-        *,
-        max_model_len: int,
-        max_tokens: int | None,
+        cls, body: SamplingFields, *, max_model_len: int, max_tokens: int | None
     ) -> "Cut | None":
         """What a request asks for: -1 keeps as many as leave room for ``max_tokens`` (None: one).
 
-        Raises APIError 400 for a count that cannot fit, or that keeps nothing.
+        Raises RequestError for a count that cannot fit, or that keeps nothing.
         """
+        count, side = body.truncate_prompt_tokens, body.truncation_side
         room = max_model_len - (max_tokens or 1)
         if count is None or room < 1:  # new tokens that leave no room have an error of their own
             return None
         if count == 0 or count > room:
-            raise bad_request(
+            raise RequestError(
                 f"truncate_prompt_tokens must be -1 or from 1 to {room} (this model's context of "
                 f"{max_model_len} without the new tokens), not {count}.",
                 param="truncate_prompt_tokens",
