@@ -44,13 +44,12 @@ _OPS = (
     "attention",
     "sample",
 )
-_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {
     op: tuple(
-        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", _DEVICES[backend])
-        for backend in ("cpu", "gpu")
+        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", device)
+        for backend, device in (("cpu", "cpu"), ("gpu", "cuda"))
     )
     for op in _OPS
 }
