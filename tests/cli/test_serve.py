@@ -172,6 +172,8 @@ def test_options_of_other_engines_and_words_nearly_right() -> None:
 def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
     assert run("serve", "M", "--log-format", "xml", status=2)
     assert run("serve", "M", "--max-model-len", "long", status=2)
+    assert run("serve", "M", "--port", 65536, status=2)
+    assert "--threads takes" in refusal("serve", "M", "--threads", 0)
     assert run("serve", status=2)
     (tmp_path / "keys").write_text("# none yet\n")
     assert "no key" in refusal("serve", "M", "--api-key-file", tmp_path / "keys")

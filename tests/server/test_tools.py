@@ -29,6 +29,8 @@ TEXTS: list[tuple[str, str | None, list[tuple[str, str]]]] = [
         [("weather", ARGUMENTS), ("now", "{}")],
     ),
     ("a < b <tool_cal", "a < b <tool_cal", []),
+    # All of this call is known with the last token.
+    ('<tool_call>{"name": "now"}', None, [("now", "{}")]),
 ]
 
 

@@ -4,16 +4,24 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.bench import LAYERS, SCHEME, SHAPE, machine, origin, what_runs
+from qoq.cli.bench import (
+    LAYERS,
+    MODEL,
+    SCHEME,
+    SHAPE,
+    check_context,
+    headline,
+    measured,
+    origin,
+    what_runs,
+)
 from qoq.cli.options import DEVICE, JSON, THREADS, use_threads
-from qoq.cli.terminal import bar, emit, note, verb
+from qoq.cli.terminal import bar, emit, verb
 
 
 @verb()
 def latency(
-    model: Annotated[
-        str | None, typer.Option(help="Measure this checkpoint or folder, not random weights.")
-    ] = None,
+    model: MODEL = None,
     shape: SHAPE = "llama-3.2-1b",
     scheme: SCHEME = "w4a8kv4-g128",
     layers: LAYERS = None,
@@ -39,32 +47,15 @@ def latency(
     commit, hardware.
     """
     from qoq.bench.latency import run
-    from qoq.bench.random_weights import random_decoder
-    from qoq.bench.shapes import config_of
     from qoq.errors import RequestError
-    from qoq.formats.scheme import QuantScheme
     from qoq.kernels.device import choose_device
 
     if min(prompt_len, batch, num_iters) < 1 or output_len < 2 or num_iters_warmup < 0:
         raise RequestError("prompt-len, batch and num-iters must be 1 or more, output-len 2.")
     use_threads(threads)
     where = choose_device(device)
-    if model is not None:
-        from qoq.models.load import load_model
-
-        loaded = load_model(model, device=where.device)
-        decoder, parsed, what = loaded.decoder, loaded.scheme, {"model": model}
-    else:
-        parsed, config = QuantScheme.parse(scheme), config_of(shape, layers)
-        if not json:
-            note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-        decoder, what = random_decoder(config, parsed, device=where.device), {"shape": shape}
-    context = decoder.config.max_positions
-    if prompt_len + output_len > context:
-        raise RequestError(
-            f"{prompt_len} tokens in and {output_len} out are more than the model's context of "
-            f"{context}; lower --prompt-len or --output-len."
-        )
+    decoder, parsed, what = measured(model, shape, scheme, layers, where, quiet=json)
+    check_context(decoder, prompt_len, output_len)
     with bar("runs", quiet=json) as progress:
         result = run(
             decoder,
@@ -87,10 +78,7 @@ def latency(
     if json:
         emit(facts)
         return
-    print(
-        f"{model or shape}, {parsed.name}, {machine(facts)}: "
-        f"{batch} x ({prompt_len} in, {output_len} out)"
-    )
+    print(f"{headline(facts)}: {batch} x ({prompt_len} in, {output_len} out)")
     print(f"{'ms':14}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}")
     for name, key in (("first token", "ttft_ms"), ("step", "step_ms"), ("whole", "e2el_ms")):
         print(f"{name:14}" + "".join(f"{value:10.2f}" for value in facts[key].values()))

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @verb()
 def ppl(
-    model: Annotated[str, typer.Argument(help="Packed checkpoint, source folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Packed checkpoint, source folder or hub id.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to judge on: .txt or .txt.xz.")
     ] = None,
@@ -78,6 +80,7 @@ def ppl(
     top1_agreement (null without a reference; a perplexity beyond all bounds is null too).
     """
     from qoq.checkpoint.hf import resolve_source
+    from qoq.errors import RequestError
     from qoq.evaluate.perplexity import evaluate
     from qoq.evaluate.simulate import Calibrated, parse_simulation, simulate
     from qoq.evaluate.texts import windows as cut
@@ -85,6 +88,8 @@ def ppl(
     from qoq.models.load import load_model
     from qoq.tokenizer import Tokenizer
 
+    if windows is not None and windows < 1:
+        raise RequestError(f"--windows must be 1 or more, not {windows}.")
     use_threads(threads)
     simulation = parse_simulation(scheme) if scheme else None
     folder = resolve_source(model)

@@ -18,7 +18,9 @@ WINDOWS, SAMPLES = 24, 128
 
 @verb("Rows that were finished are in the --save file; --resume goes on with them.")
 def table(
-    source: Annotated[str, typer.Argument(help="Full-precision model: folder or hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Full-precision model: folder or hub id.")
+    ],
     rows: Annotated[
         str,
         typer.Option(
@@ -162,7 +164,9 @@ def table(
 
 @verb()
 def render(
-    results: Annotated[Path, typer.Argument(help="What `qoq eval table --save` wrote.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="RESULTS", help="What `qoq eval table --save` wrote.")
+    ],
     into: Annotated[
         list[Path] | None, typer.Option(help="Document to fill (repeatable). Default: print.")
     ] = None,

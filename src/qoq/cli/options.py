@@ -5,9 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-CHECKPOINT = Annotated[str, typer.Argument(help="A packed checkpoint, as `qoq quantize` writes.")]
+CHECKPOINT = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A packed checkpoint, as `qoq quantize` writes.")
+]
 ANY_MODEL = Annotated[
-    str, typer.Argument(help="Packed checkpoint, or a full-precision folder or hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Packed checkpoint, or a full-precision folder or hub id."
+    ),
 ]
 THREADS = Annotated[
     int | None,
@@ -58,12 +63,13 @@ OVERWRITE_FILE = Annotated[
 MAYBE_MODEL = Annotated[
     str | None,
     typer.Argument(
+        metavar="MODEL",
         help="Packed checkpoint, full-precision folder or hub id; with --base-url a model's name "
         "there.",
         show_default=False,
     ),
 ]
-_DEFAULT = " Default: the server's; of a model loaded here "
+_DEFAULT = " Default: the server's; of a model loaded here that of its generation_config.json, or "
 MAYBE_TEMPERATURE = Annotated[
     float | None, typer.Option("--temperature", "--temp", help=f"0: greedy.{_DEFAULT}0.")
 ]

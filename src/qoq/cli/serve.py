@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, mapping
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, THREADS, mapping, use_threads
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -25,7 +25,8 @@ def serve(
         str, typer.Option(help="Address; 0.0.0.0 for all.", rich_help_panel=_HTTP)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel=_HTTP)
+        int,
+        typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=_HTTP),
     ] = 8000,
     served_model_name: Annotated[
         list[str] | None,
@@ -155,6 +156,7 @@ def serve(
     backend: Annotated[
         str, typer.Option(help="auto, cpu, gpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
+    threads: THREADS = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -169,8 +171,13 @@ def serve(
     ] = 60.0,
     max_request_bytes: Annotated[
         int,
-        typer.Option(parser=count, metavar="BYTES", help="Largest body.", rich_help_panel=_HTTP),
-    ] = 32 << 20,
+        typer.Option(
+            parser=count,
+            metavar="BYTES",
+            help="Largest body. All streams wait while one is parsed, up to 0.1 s a megabyte.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = 16 << 20,
     root_path: Annotated[
         str, typer.Option(help="Path a proxy puts before ours.", rich_help_panel=_HTTP)
     ] = "",
@@ -273,6 +280,7 @@ def serve(
         log_format=log_format,
         log_level=uvicorn_log_level,
     )
+    use_threads(threads)
     with bind(host, port) as sock:
         configure_logs(transport.log_format, transport.log_level)
         served = load_served_model(model, options)

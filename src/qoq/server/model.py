@@ -180,10 +180,11 @@ def _pool(
         free = int(memory_at_hand(device) * options.kv_memory_fraction)
         useful = options.max_num_seqs * pages_for_tokens(length, PAGE_SIZE)
         pages = min(useful, free // shape.page_bytes)
-    if pages < pages_for_tokens(length, PAGE_SIZE):
+    least = pages_for_tokens(length, PAGE_SIZE)
+    if pages < least:
         raise ResourceError(
             f"The KV cache holds {pages * PAGE_SIZE} tokens, one request may need {length}. Lower "
-            "--max-model-len or give more with --kv-cache-memory-bytes."
+            f"--max-model-len or give --kv-cache-memory-bytes {least * shape.page_bytes} or more."
         )
     return shape.pool(pages, device)
 

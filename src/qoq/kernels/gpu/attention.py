@@ -196,6 +196,7 @@ def attention(
             WINDOWED=window > 0,
             WIDTH=width,
             SPLIT=SPLIT,
+            STAGES=8,  # few programs, each a chain of short steps
             num_warps=1,
             enable_fp_fusion=False,
         )

@@ -61,6 +61,7 @@ def merge(
     WINDOWED: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out [row, head] from its splits in order, as ``attend`` does where it walks them all."""
     _, row, stop, before = locate(
@@ -76,7 +77,8 @@ def merge(
     all_top = NOTHING
     all_sum = 0.0
     total = tl.zeros((WIDTH,), tl.float32)
-    for split in range(low // SPLIT, (before + row + SPLIT) // SPLIT):
+    end = (before + row + SPLIT) // SPLIT
+    for split in tl.range(low // SPLIT, end, num_stages=STAGES):
         slot = at + (split % slots).to(tl.int64) * rows * HEADS
         top = tl.load(tops + slot)
         mixed = tl.load(partial + slot * DIM + dim, mask=dim < DIM, other=0.0)
