@@ -11,6 +11,7 @@ ROOT = Path(qoq.__file__).parent
 # Top first. A part may import itself and everything at the levels below its own.
 LEVELS = (
     ("cli", "server", "llm", "batch", "bench", "evaluate"),
+    ("api",),
     ("engine", "quantize"),
     ("models",),
     ("checkpoint", "kvcache", "kernels", "tokenizer", "tools", "client"),

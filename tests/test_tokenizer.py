@@ -54,6 +54,25 @@ def test_no_network_for_a_local_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Tokenizer.load(BUNDLED).encode("x")
 
 
+@pytest.mark.parametrize("first", ["byte_level", "fallback"])
+@given(data=st.data())
+def test_a_choice_of_special_tokens_is_shown(
+    first: str, data: st.DataObject, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(first)
+    ids = data.draw(st.lists(st.sampled_from([BOS, EOS, *tokenizer.encode("ab é", special=False)])))
+    cut = data.draw(st.integers(0, len(ids)))
+    assert set(tokenizer.special_ids) == {0, 1, 2}
+
+    def text(shown: list[int]) -> str:
+        detokenizer = Detokenizer(tokenizer, ids[:cut], shown=shown)
+        return "".join([*map(detokenizer.push, ids[cut:]), detokenizer.flush()])
+
+    assert text([EOS]).count("<|eos|>") == ids[cut:].count(EOS)
+    assert "<|bos|>" not in text([EOS])
+    assert text([BOS, EOS]).count("<|bos|>") == ids[cut:].count(BOS)
+
+
 def test_special_tokens_are_hidden_in_text(byte_level: Tokenizer) -> None:
     ids = [BOS, *byte_level.encode("hello"), EOS]
     assert byte_level.decode(ids) == "hello"
@@ -204,6 +223,12 @@ def test_stop_string_across_pieces() -> None:
     ]  # fmt: skip
     assert matcher.matched
     assert matcher.push("more") == matcher.flush() == ""
+
+
+def test_stop_string_that_the_text_ends_with() -> None:
+    matcher = StopMatcher(["END"], include=True)
+    assert [matcher.push(p) for p in ("a E", "N", "D more")] == ["a ", "", "END"]
+    assert (matcher.push("more"), matcher.flush(), matcher.found) == ("", "", "END")
 
 
 def test_stop_string_that_never_comes() -> None:

@@ -53,6 +53,10 @@ class TextError(QoqError):
     """A text to evaluate on that is missing, unreadable, too short or for another vocabulary."""
 
 
+class HarnessError(QoqError):
+    """lm-evaluation-harness, one of its tasks or the data of one is missing or cannot be used."""
+
+
 class ResourceError(QoqError):
     """The job cannot fit in the memory or disk at hand; nothing was started."""
 
@@ -62,7 +66,16 @@ class KVCacheFullError(QoqError):
 
 
 class RequestError(QoqError):
-    """A generation request that cannot be honoured: too long, bad sampling parameters, ..."""
+    """A generation request that cannot be honoured: too long, bad sampling parameters, ...
+
+    ``param``: the field of the request that it is about, where there is one; ``code``: a short name
+    that programs may know.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class ServerError(QoqError):

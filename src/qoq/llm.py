@@ -11,7 +11,9 @@ from qoq.engine.choices import choices
 from qoq.engine.defaults import sampling_defaults, with_defaults
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams, Update
+from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError, ResourceError
+from qoq.kernels.device import choose_device
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
 from qoq.kvcache.pool import pages_for_budget, pages_for_tokens
 from qoq.models.load import load_model
@@ -38,6 +40,9 @@ class LLM:
         kv_tokens: int | None = None,
         max_requests: int = 64,
         enable_prefix_caching: bool = True,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        device: str = "auto",
+        enforce_eager: bool = False,
         backend: str = "auto",
     ) -> None:
         """Load a folder or a hub id.
@@ -45,22 +50,28 @@ class LLM:
         kv_tokens bounds the tokens whose keys and values are held at a time, all requests
         together (None: what the requests need, within free memory); requests beyond that wait.
         With enable_prefix_caching a prompt that begins like one of an earlier call is not computed
-        anew. Raises CheckpointError, SourceError or UnsupportedModelError.
+        anew. speculative_config, such as {"method": "ngram", "num_speculative_tokens": 4}, guesses
+        tokens: the texts are the same, repetitive ones are there sooner (None: off). device: cpu,
+        cuda, cuda:N or auto, which is a GPU if there is one; enforce_eager: no CUDA graphs there.
+        Raises RequestError, CheckpointError, SourceError or UnsupportedModelError.
         """
         if kv_tokens is not None and kv_tokens < 1:
             raise RequestError(f"kv_tokens must be 1 or more, not {kv_tokens}.")
         if max_requests < 1:
             raise RequestError(f"max_requests must be 1 or more, not {max_requests}.")
-        loaded = load_model(model, backend=backend)
+        self._speculative = SpeculativeConfig.of(speculative_config)
+        loaded = load_model(model, backend=backend, device=choose_device(device, backend).device)
         self.path = loaded.path
         self.config = loaded.config
         self.scheme = loaded.scheme
         self.tokenizer = Tokenizer.load(loaded.path)
+        self.device = loaded.device
         self._decoder = loaded.decoder
         self._eos_ids = self.tokenizer.eos_ids or loaded.config.eos_token_ids
         self._kv_tokens = kv_tokens
         self._max_requests = max_requests
         self._prefix_caching = enable_prefix_caching
+        self._enforce_eager = enforce_eager
         self._backend = backend
         self._engine: Engine | None = None
         self._num_pages = 0  # of that engine's cache
@@ -122,7 +133,7 @@ class LLM:
     def stream_updates(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Iterator[Update]:
-        """``stream`` token by token: ids, texts (some of them empty) and the request they grow."""
+        """``stream`` with the new ids, the request they grow, and texts that may be empty."""
         params = params or SamplingParams()
         if params.n != 1:
             raise RequestError(
@@ -137,11 +148,11 @@ class LLM:
                 while request.finish_reason is None or tokens < request.num_new:
                     if tokens == request.num_new:
                         self._step(engine)
-                    for token_id in request.token_ids[tokens:]:
-                        tokens += 1
-                        text = request.text[shown:] if tokens == request.num_new else ""
-                        shown += len(text)
-                        yield Update(request, token_id, text)
+                    ids, text = tuple(request.token_ids[tokens:]), request.text[shown:]
+                    tokens += len(ids)
+                    shown += len(text)
+                    if ids or text:
+                        yield Update(request, ids, text)
             finally:
                 engine.abort(request)
 
@@ -202,7 +213,8 @@ class LLM:
         self._engine, self._num_pages = None, 0  # its memory is free for the new one
         config, kv = self.config, self.scheme.kv
         sizes = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
-        pages = pages_for_budget(int(memory_at_hand() * MEMORY_FRACTION), kv, *sizes)
+        budget = int(memory_at_hand(self.device) * MEMORY_FRACTION)
+        pages = pages_for_budget(budget, kv, *sizes)
         if pages < least:
             raise ResourceError(
                 f"The longest request needs {least * PAGE_SIZE} tokens of KV cache; the free "
@@ -211,11 +223,13 @@ class LLM:
         pages = min(pages, wanted if limit is None else min(wanted, limit))
         self._engine = Engine(
             self._decoder,
-            PoolShape(kv, *sizes).pool(pages),
+            PoolShape(kv, *sizes).pool(pages, self.device),
             tokenizer=self.tokenizer,
             eos_ids=self._eos_ids,
             max_requests=self._max_requests,
             enable_prefix_caching=self._prefix_caching,
+            guess=guesser(self._speculative),
+            enforce_eager=self._enforce_eager,
             backend=self._backend,
         )
         self._num_pages = pages
@@ -239,9 +253,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _gained(update: Update) -> int:
-    """Steps of progress: one token, or all that an early end makes needless."""
+    """Tokens of progress: new ones, and all that an early end makes needless."""
     request = update.request
-    return 1 if request.finish_reason is None else 1 + request.max_length - len(request.ids)
+    needless = 0 if request.finish_reason is None else request.max_length - len(request.ids)
+    return len(update.token_ids) + needless
 
 
 def _one_each(

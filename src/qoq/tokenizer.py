@@ -6,8 +6,9 @@ string.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +66,12 @@ class Tokenizer:
         """The number of ids that stand for something, special ones included."""
         return len(self.hf)
 
+    @cached_property
+    def special_ids(self) -> dict[int, str]:
+        """The special tokens, which a text leaves out, and how each is written."""
+        added = self.hf.added_tokens_decoder.items()
+        return {int(i): str(token.content) for i, token in added if token.special}
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of ``text``; ``special`` adds what the model wants around a text (often a BOS)."""
         ids = self.hf(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -103,18 +110,19 @@ class Tokenizer:
         leave them out. Raises RequestError where the model has no template or the template refuses
         the messages.
         """
-        text = self.chat_template().render(
+        text = self.chat_template(tools=bool(tools)).render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools or None
         )
         return self.encode(text, special=False)  # the template has put the special tokens in
 
-    def chat_template(self, source: str | None = None) -> "ChatTemplate":
+    def chat_template(self, source: str | None = None, *, tools: bool = False) -> "ChatTemplate":
         """The model's chat template, or ``source`` in its place; RequestError where there is none.
 
-        A model with several templates, by name, gives its default one.
+        A model with several templates, by name, gives its default one, or with ``tools`` the one
+        for conversations with tools.
         """
         try:
-            source = source or self.hf.get_chat_template()
+            source = source or self.hf.get_chat_template(tools=[] if tools else None)
         except ValueError:  # how transformers says that there is none
             source = None
         if source is None:
@@ -219,20 +227,30 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
         """``prompt_ids``: what the text continues; none of it is returned.
 
-        ``skip_special`` leaves special tokens out of the text.
+        ``skip_special`` leaves special tokens out of the text, all but those that are ``shown``.
         """
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._ids = list(prompt_ids[-_CONTEXT_IDS:])
+        # A decoder leaves out all special tokens or none, so a choice of them is made before it.
+        choose = skip_special and bool(shown)
+        self._hidden = frozenset(tokenizer.special_ids) - set(shown) if choose else frozenset()
+        self._skip_special = skip_special and not choose
+        self._ids = [i for i in prompt_ids[-_CONTEXT_IDS:] if i not in self._hidden]
         self._context = len(self._ids)  # so many of the ids are complete text already
         self._shown = _finished(self._decode(self._ids))  # text of the ids already returned
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` makes certain, often one word, sometimes ""."""
+        if token_id in self._hidden:
+            return ""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         ready = _finished(text)
@@ -275,11 +293,12 @@ class StopMatcher:
     """Passes text on until a stop string appears; what may yet become one waits.
 
     Example: stop ["\\n\\n"]; push("a\\n") -> "a", push("b") -> "\\nb", push("\\n\\nc") -> "" and
-    ``found`` is the stop string.
+    ``found`` is the stop string. With ``include`` the text ends behind it instead of before it.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
         self._stop = tuple(stop)
+        self._include = include
         self._held = ""
         self.found: str | None = None
 
@@ -289,7 +308,7 @@ class StopMatcher:
         return self.found is not None
 
     def push(self, piece: str) -> str:
-        """The text now certain to come before any stop string."""
+        """The text now certain to come before any stop string (with ``include``, up to its end)."""
         if self.matched:
             return ""
         text = self._held + piece
@@ -297,7 +316,7 @@ class StopMatcher:
         if places:
             at, self.found = min(places, key=lambda place: place[0])
             self._held = ""
-            return text[:at]
+            return text[: at + len(self.found)] if self._include else text[:at]
         hold = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -10,10 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import serving
+from helpers.calling import tool
 from helpers.tiny import write_byte_tokenizer, write_tiny_llama
 from helpers.verbs import answer, refusal, run, spawn
 from qoq.engine.request import SamplingParams
 from qoq.llm import LLM
+
+FORM = {"type": "json_schema", "json_schema": {"schema": {"enum": ["ab"]}}}
+DAY = {
+    "type": "object",
+    "properties": {"day": {"enum": ["today"]}},
+    "required": ["day"],
+    "additionalProperties": False,
+}
+TOOLS = [tool("f", DAY)]
+BAD = [tool("f", {"type": "foo"})]
+NAMED = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,12 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
         request("text", prompt="hello well", max_tokens=9),
         request("chat", "/v1/chat/completions", messages=said, max_tokens=7),
         request("long", prompt=[5] * 500),
-        request("many", prompt="a", n=2),
+        request("many", prompt="hello w", n=3, seed=4, temperature=1.5, max_tokens=5),
+        request("form", prompt="a", response_format=FORM, max_tokens=40),
+        request("call", "/v1/chat/completions", messages=said, tools=TOOLS, **NAMED),
+        request("bad form", prompt="a", n=3, structured_outputs={"json": {"type": "foo"}}),
+        request("bad tool", "/v1/chat/completions", messages=said, tools=BAD, **NAMED),
+        request("auto", "/v1/chat/completions", messages=said, tools=TOOLS),
         "not json",
         "",
         request("text", prompt="twice"),
@@ -59,10 +77,10 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
     source.write_text("\n".join(lines), encoding="utf-8")
     command = ["run-batch", "-i", source, "-o", out, "--model", model]
     got = answer(*command)
-    assert (got["total"], got["done"], got["resumed"]) == (6, 6, 0)
-    assert got["failed"] == 4
+    assert (got["total"], got["done"], got["resumed"]) == (11, 11, 0)
+    assert got["failed"] == 6
     all_lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(all_lines) == 6
+    assert len(all_lines) == 11
     good = {x["custom_id"]: x["response"] for x in all_lines if x["response"] is not None}
     llm = LLM(model)
     text = llm.generate("hello well", SamplingParams(max_tokens=9))[0]
@@ -73,16 +91,73 @@ def test_a_batch(model: Path, tmp_path: Path) -> None:
     chat = llm.chat(said, SamplingParams(max_tokens=7))[0]
     assert good["chat"]["body"]["choices"][0]["message"]["content"] == chat.text
     assert "500 tokens" in good["long"]["body"]["error"]["message"]
-    assert good["many"]["status_code"] == 400
+    params = SamplingParams(max_tokens=5, n=3, seed=4, temperature=1.5)
+    many = [text.text for text in llm.generate("hello w", params)]
+    assert [choice["text"] for choice in good["many"]["body"]["choices"]] == many
+    assert json.loads(good["form"]["body"]["choices"][0]["text"]) == "ab"
+    [call] = good["call"]["body"]["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"day": "today"}
+    assert good["bad form"]["body"]["error"]["message"].startswith("structured_outputs: ")
+    assert good["bad tool"]["body"]["error"]["param"] == "tools"
+    assert "--tool-call-parser" in good["auto"]["body"]["error"]["message"]
     errors = [line for line in all_lines if line["error"] is not None]
     assert sorted(line["custom_id"] or "" for line in errors) == ["", "text"]
     again = answer(*command)  # everything is there: nothing is done twice
-    assert (again["resumed"], again["tokens"]) == (6, 0)
+    assert (again["resumed"], again["tokens"]) == (11, 0)
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == all_lines
     with source.open("a", encoding="utf-8") as file:
         file.write("\n" + request("new", prompt="more", max_tokens=2))
     assert answer(*command)["tokens"] <= 2
     assert "errors" in run(*command, "--overwrite").stdout
+
+
+@pytest.mark.asyncio
+async def test_it_says_what_the_server_says(model: Path, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "hello"}]
+    warm = {"temperature": 1.5, "seed": 3, "max_tokens": 9}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "hello w", "n": 3, "logprobs": 2, **warm}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "prompt_logprobs": 1, "logprobs": 0, **warm}),
+        ("/v1/completions", {"prompt": "a", "guided_regex": "[ab]{3}c", "stop": "c", **warm}),
+        ("/v1/chat/completions", {"messages": said, "logprobs": True, "top_logprobs": 2, **warm}),
+        ("/v1/chat/completions", {"messages": said, "tools": TOOLS, **NAMED}),
+        ("/v1/chat/completions", {"messages": said, "tools": TOOLS, "tool_choice": "required"}),
+        ("/v1/chat/completions", {"messages": said, "prompt_logprobs": 0, **warm}),
+        ("/v1/chat/completions", {"messages": said, "tools": BAD, **NAMED}),
+        ("/v1/chat/completions", {"messages": said, "n": 0}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}),
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [request(str(at), url, **body) for at, (url, body) in enumerate(bodies)]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    answer("run-batch", "-i", source, "-o", out, "--model", model)
+    batch = read(out)
+    async with serving.client(serving.load(model)) as app:
+        for at, (url, body) in enumerate(bodies):
+            got = (await app.post(url, {"temperature": 0, **body})).json()
+            ours = batch[str(at)]["response"]["body"]
+            assert set(ours) == set(got)
+            assert texts_of(ours) == texts_of(got), body
+            assert numbers_of(ours) == pytest.approx(numbers_of(got), abs=1e-4), body
+
+
+def texts_of(body: dict[str, Any]) -> str:
+    """All but the numbers, and what no two answers share."""
+    if "error" in body:
+        return json.dumps(body, sort_keys=True)
+    for choice in body["choices"]:
+        for call in choice.get("message", {}).get("tool_calls", ()):
+            assert call.pop("id")
+    del body["id"], body["created"]
+    body["usage"].pop("prompt_tokens_details", None)
+    return json.dumps(json.loads(json.dumps(body), parse_float=lambda _: 0.0), sort_keys=True)
+
+
+def numbers_of(body: dict[str, Any]) -> list[float]:
+    """In order; float weights are multiplied by torch, whose last bits hang on the batch."""
+    found: list[float] = []
+    json.loads(json.dumps(body, sort_keys=True), parse_float=lambda text: found.append(float(text)))
+    return found
 
 
 def test_no_template_is_told_line_by_line(model: Path, tmp_path: Path) -> None:
@@ -97,6 +172,8 @@ def test_no_template_is_told_line_by_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(model: Path, tmp_path: Path) -> None:
+    line = ("run-batch", "-i", "a", "-o", "b", "--model", model)
+    assert "hermes" in refusal(*line, "--tool-call-parser", "nonsense")
     out = tmp_path / "out.jsonl"
     source = tmp_path / "in.jsonl"
     assert "no file" in refusal("run-batch", "-i", source, "-o", out, "--model", model)

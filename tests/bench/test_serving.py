@@ -7,14 +7,15 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.openai_server import echo_server
 from helpers.tiny import write_byte_tokenizer
 from helpers.verbs import answer, refusal, run
-from qoq.bench.load import Load, Sample, arrivals, check, run_load
+from qoq.bench.load import Load, Ramp, Sample, arrivals, check, run_load
 from qoq.bench.prompts import Ask, Writer, file_asks, prefix_asks, random_asks
 from qoq.bench.serving import parse_goals, percentile, summarize
 from qoq.client.api import CHAT, COMPLETIONS, Endpoint
@@ -36,6 +37,31 @@ def test_arrivals_are_poisson_and_repeat() -> None:
     for rate, burstiness in ((0, 1), (-1, 1), (math.nan, 1), (1, 0)):
         with pytest.raises(RequestError, match="above 0"):
             arrivals(1, rate, burstiness, 0)
+
+
+@given(
+    st.floats(0.1, 50), st.floats(0.1, 50), st.booleans(), st.integers(0, 9), st.integers(50, 300)
+)
+@settings(deadline=None)
+def test_rates_that_grow(
+    start: float, end: float, exponential: bool, seed: int, count: int
+) -> None:
+    ramp = Ramp(start, end, exponential)
+    assert ramp.rate(0) == pytest.approx(start)
+    assert ramp.rate(1) == pytest.approx(end)
+    middle = math.sqrt(start * end) if exponential else (start + end) / 2
+    assert ramp.rate(0.5) == pytest.approx(middle)
+    times = arrivals(count, ramp, 1e6, seed)  # steady, so that gaps are the rate's
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    wanted = [1 / ramp.rate(i / count) for i in range(count - 1)]
+    assert gaps == pytest.approx(wanted, rel=0.02)
+    assert arrivals(count, Ramp(start, start), 1.0, seed) == arrivals(count, start, 1.0, seed)
+
+
+def test_rates_that_grow_from_nothing_are_refused() -> None:
+    for ramp in (Ramp(0, 1), Ramp(1, 0), Ramp(-1, 1), Ramp(1, math.nan)):
+        with pytest.raises(RequestError, match="above 0"):
+            arrivals(1, ramp, 1.0, 0)
 
 
 def test_random_texts(tmp_path: Path) -> None:
@@ -81,12 +107,62 @@ def test_files(tmp_path: Path) -> None:
         file_asks(tmp_path / "none", None, None)
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.floats(0, 100))
-def test_percentiles_lie_between_the_values(values: list[float], p: float) -> None:
-    got = percentile(values, p)
-    assert min(values) <= got <= max(values) or math.isclose(got, max(values))
+_SECONDS = st.integers(0, 10**10).map(lambda us: us / 1e6)
+
+
+@given(st.lists(_SECONDS, min_size=1, max_size=60), st.floats(0, 100))
+@settings(deadline=None)
+def test_percentiles_are_numpy_s(values: list[float], p: float) -> None:
+    assert percentile(values, p) == pytest.approx(np.percentile(values, p), rel=1e-12, abs=1e-300)
     assert percentile(values, 0) == min(values)
     assert percentile(values, 100) == max(values)
+
+
+@st.composite
+def _samples(draw: st.DrawFn) -> Sample:
+    ttft = draw(_SECONDS)
+    gaps = tuple(draw(st.lists(_SECONDS, max_size=5)))
+    failed = draw(st.booleans())
+    return Sample(
+        start=draw(_SECONDS),
+        late=0.0,
+        e2el=ttft + sum(gaps),
+        ttft=ttft,
+        gaps=gaps,
+        input_tokens=draw(st.integers(0, 50)),
+        output_tokens=draw(st.integers(0, 50)),
+        failure="http_500" if failed else None,
+    )
+
+
+@given(st.lists(_samples(), max_size=20), st.lists(st.sampled_from([1, 25, 50, 90, 99, 100])))
+@settings(deadline=None)
+def test_figures_are_numpy_s(samples: list[Sample], percents: list[int]) -> None:
+    goals = {"ttft": 5000.0, "e2el": 20000.0}
+    if samples:  # reached exactly by one of them
+        goals = {"ttft": 1e3 * samples[0].ttft, "e2el": 1e3 * samples[0].e2el}
+    facts = summarize(samples, goals, percents)
+    good = [sample for sample in samples if sample.failure is None]
+    end = max((sample.start + sample.e2el for sample in samples), default=0.0)
+    rate = 1 / end if end else 0.0
+    kept = [s for s in good if 1e3 * s.ttft <= goals["ttft"] and 1e3 * s.e2el <= goals["e2el"]]
+    assert facts["request_goodput"] == pytest.approx(len(kept) * rate)
+    assert facts["output_throughput"] == pytest.approx(sum(s.output_tokens for s in good) * rate)
+    measured = {
+        "ttft": [s.ttft for s in good],
+        "e2el": [s.e2el for s in good],
+        "itl": [gap for s in good for gap in s.gaps],
+        "tpot": [(s.e2el - s.ttft) / (s.output_tokens - 1) for s in good if s.output_tokens > 1],
+    }
+    for metric, seconds in measured.items():
+        names = ["mean", "median", "std", *(f"p{p}" for p in percents)]
+        if not seconds:
+            assert all(facts[f"{name}_{metric}_ms"] is None for name in names)
+            continue
+        ms = 1e3 * np.array(seconds)
+        wanted = [ms.mean(), np.median(ms), ms.std(), *(np.percentile(ms, p) for p in percents)]
+        told = [facts[f"{name}_{metric}_ms"] for name in names]
+        assert told == pytest.approx(wanted, rel=1e-9, abs=1e-6)
 
 
 def test_figures_of_known_samples() -> None:
@@ -209,6 +285,11 @@ def test_the_verb(tmp_path: Path) -> None:
         echo.bodies.clear()
         run(*base, "--dataset-name", "prefix_repetition", "--backend", "openai-chat")
         assert "messages" in echo.bodies[0]
+        ramp = ("--ramp-up-start-rps", 300, "--ramp-up-end-rps", 600)
+        got = answer(*base, "--ramp-up-strategy", "linear", *ramp)
+        assert (got["ramp_up_strategy"], got["ramp_up_end_rps"]) == ("linear", 600)
+        assert got["completed"] == 8
+        assert answer(*base, "--request-rate", "inf")["request_rate"] == "inf"
 
 
 def test_the_verb_refuses(tmp_path: Path) -> None:
@@ -221,6 +302,10 @@ def test_the_verb_refuses(tmp_path: Path) -> None:
         assert "ttft:200" in refusal(*base, "--goodput", "speed:1")
         assert "stray" in refusal(*base, "stray")
         assert "above 0" in refusal(*base, "--request-rate", 0)
+        assert "--dataset-path" in refusal(*base, "--dataset", "sharegpt")
+        assert "--ramp-up-end-rps" in refusal(*base, "--ramp-up-strategy", "linear")
+        ramp = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", 1, "--ramp-up-end-rps", 2)
+        assert "not both" in refusal(*base, "--request-rate", 3, *ramp)
         file = tmp_path / "boom.jsonl"
         file.write_text('{"prompt": "boom"}\n', encoding="utf-8")
         bad = [*base, "--dataset-name", "custom", "--dataset-path", file, "--num-prompts", 2]

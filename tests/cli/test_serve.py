@@ -9,6 +9,7 @@ import typer
 from helpers.verbs import refusal, run
 from qoq.cli import serve as module
 from qoq.cli.serve_command import count, read_config, several, spread
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError
 from qoq.server import model as served
 from qoq.server import run as running
@@ -86,6 +87,20 @@ def test_dashes_and_underscores(asked: dict[str, Any]) -> None:
         assert asked["options"].kv_memory_bytes == 1 << 30
 
 
+def test_tools(asked: dict[str, Any], tmp_path: Path) -> None:
+    def options(*line: str) -> tuple[str, bool | None]:
+        refusal("serve", "M", *line)
+        return asked["options"].tool_call_parser, asked["options"].enable_auto_tool_choice
+
+    assert options() == ("auto", None)
+    line = ("--tool-call-parser", "hermes", "--enable_auto_tool_choice")
+    assert options(*line) == ("hermes", True)
+    assert options("--no-enable-auto-tool-choice") == ("auto", False)
+    file = tmp_path / "serve.yaml"
+    file.write_text("tool-call-parser: mistral\nenable-auto-tool-choice: true\n")
+    assert options("--config", str(file)) == ("mistral", True)
+
+
 def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
@@ -111,6 +126,24 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
     assert asked["options"].seed == 4
     refusal("serve", "M", "--no-enable-prefix-caching")
     assert asked["options"].enable_prefix_caching is False
+
+
+def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
+    wanted = SpeculativeConfig(4, prompt_lookup_max=5, prompt_lookup_min=5)
+    given = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5}'
+    refusal("serve", "M", "--speculative_config", given)
+    assert asked["options"].speculative == wanted
+    file = tmp_path / "serve.yaml"
+    file.write_text("speculative-config:\n  num_speculative_tokens: 4\n  prompt_lookup_max: 5\n")
+    refusal("serve", "M", "--config", file)
+    assert asked["options"].speculative == wanted
+    refusal("serve", "M")
+    assert asked["options"].speculative is None
+    assert "no 'modle'" in refusal(
+        "serve", "M", "--speculative-config", given[:-1] + ', "modle": 1}'
+    )
+    for bad in ("{", "3", "[4]"):
+        assert "JSON" in run("serve", "M", "--speculative-config", bad, status=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,9 @@ def test_complete_and_retry_with_a_model(packed: Path) -> None:
         got["text"]
         == answer("generate", packed, "--prompt", "hello the", "--max-tokens", 9)["text"]
     )
-    twice = run("chat", packed, "--max-tokens", 5, stdin="hello\n/retry\n").stdout
+    guessing = ["--speculative-config", '{"num_speculative_tokens": 3}']
+    assert got == answer("complete", packed, *guessing, "-q", "hello the", "--max-tokens", 9)
+    twice = run("chat", packed, *guessing, "--max-tokens", 5, stdin="hello\n/retry\n").stdout
     assert len(set(twice.splitlines())) <= 2
     lines = run("complete", packed, "--max-tokens", 3, stdin=f"{'long ' * 200}\nhello\n")
     assert "context" in lines.stderr
@@ -91,6 +93,8 @@ def test_complete_and_retry_with_a_model(packed: Path) -> None:
 def test_refusals() -> None:
     assert "--base-url" in refusal("chat")
     assert "--prompt" in refusal("complete", "x", "--json")
+    there = ["--base-url", "http://127.0.0.1:1", "--speculative-config", "{}"]
+    assert "loaded here" in refusal("chat", *there)
     assert "is it running" in refusal("complete", "--base-url", "http://127.0.0.1:1")
 
 

@@ -42,6 +42,8 @@ def test_generate_streams_what_json_says(packed: Path) -> None:
     assert got["tokens"] == len(got["token_ids"]) == len(got["logprobs"])
     assert got["finish_reason"] in ("length", "stop")
     assert run(*options).stdout == f"hello the{got['text']}\n"
+    guessing = answer(*options, "--speculative-config", '{"num_speculative_tokens": 2}')
+    assert {**guessing, "seconds": 0} == {**got, "seconds": 0}
     piped = run("generate", packed, "--prompt", "-", "--max-tokens", 2, stdin="hello")
     assert piped.stdout.startswith("hello")
 
@@ -68,6 +70,7 @@ def test_generate_refuses(packed: Path) -> None:
     assert "max_tokens must be" in refusal(*hello, "--max-tokens", 0)
     assert "top_p must be" in refusal(*hello, "--top-p", 2)
     refusal("generate", packed, "--prompt", "hello " * 500)
+    assert "num_speculative_tokens" in refusal(*hello, "--speculative-config", "{}")
 
 
 def test_chat_answers_one_message_or_many(packed: Path) -> None:

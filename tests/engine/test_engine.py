@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.stub_decoder import PAGE, StubDecoder, stub_engine
+from qoq.engine.choices import choices
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Request, SamplingParams
 from qoq.errors import RequestError
-from qoq.formats.scheme import KVFormat
-from qoq.kvcache.pool import KVPool
-from qoq.models.batch import Batch
 
 VOCAB = 61
-PAGE = 4
 EOS = 7
 
 
@@ -28,49 +26,21 @@ def next_token(sequence: Sequence[int]) -> int:
     return digest[0] % VOCAB
 
 
-class HashDecoder:
-    """Remembers each slot's token and finds a sequence only through the page table."""
+def hashed(sequence: Sequence[int]) -> torch.Tensor:
+    logits = torch.zeros(VOCAB)
+    logits[next_token(sequence)] = 5.0
+    return logits
+
+
+class HashDecoder(StubDecoder):
+    """Each text goes on as its hash says."""
 
     def __init__(self, max_positions: int = 4096) -> None:
-        self.config = SimpleNamespace(max_positions=max_positions, vocab_size=VOCAB)
-        self.cache: dict[int, tuple[int, int]] = {}
-        self.batches: list[Batch] = []
-
-    def __call__(
-        self, batch: Batch, kv: Sequence[Any], rows: torch.Tensor, *, backend: str
-    ) -> torch.Tensor:
-        assert backend == "oracle"
-        self.batches.append(batch)
-        written = batch.slots.tolist()
-        assert len(set(written)) == len(written), "two rows share a slot"
-        for slot, token, at in zip(
-            written, batch.input_ids.tolist(), batch.positions.tolist(), strict=True
-        ):
-            self.cache[slot] = (token, at)
-        ends = batch.cu_seqlens_q.tolist()
-        answers = {}
-        for s, length in enumerate(batch.kv_lens.tolist()):
-            table = batch.page_table[s].tolist()
-            slots = [table[at // PAGE] * PAGE + at % PAGE for at in range(length)]
-            tokens, positions = zip(*(self.cache[slot] for slot in slots), strict=True)
-            assert list(positions) == list(range(length))
-            answers[ends[s + 1] - 1] = next_token(tokens)
-        logits = torch.zeros(len(rows), VOCAB)
-        for i, row in enumerate(rows.tolist()):
-            logits[i, answers[row]] = 5.0
-        return logits
+        super().__init__(VOCAB, hashed, max_positions)
 
 
 def engine(num_pages: int = 64, decoder: HashDecoder | None = None, **options: Any) -> Engine:
-    pool = KVPool(
-        KVFormat(4, 4),
-        num_layers=1,
-        num_pages=num_pages,
-        num_kv_heads=1,
-        page_size=PAGE,
-        head_dim=2,
-    )
-    return Engine(decoder or HashDecoder(), pool, backend="oracle", **options)  # type: ignore[arg-type]
+    return stub_engine(decoder or HashDecoder(), num_pages, **options)
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -255,13 +225,12 @@ def test_the_last_token_of_a_cached_prompt_is_computed() -> None:
         assert request.num_cached_prompt_tokens == cached
 
 
-@pytest.mark.parametrize("caching", [True, False])
-def test_samples_of_one_prompt_share_its_pages(caching: bool) -> None:
+def test_choices_of_one_prompt_share_its_pages() -> None:
     decoder = HashDecoder()
-    e = engine(40, decoder, enable_prefix_caching=caching)
+    e = engine(40, decoder)
     prompt = [i % VOCAB for i in range(4 * PAGE + 2)]
-    params = SamplingParams(max_tokens=6, temperature=20.0, seed=2**63 - 2)
-    samples = e.add_samples(prompt, params, 5)
+    params = SamplingParams(max_tokens=6, temperature=20.0, seed=2**63 - 1)
+    samples = [e.add(prompt, own) for own in choices(replace(params, n=5))]
     stranger = e.add([9] * 3, params)
     e.step()
     assert stranger.num_new == samples[0].num_new == 1
@@ -270,14 +239,11 @@ def test_samples_of_one_prompt_share_its_pages(caching: bool) -> None:
     assert used <= 4 + 5 * 1 + 2
     run(e)
     assert sum(b.num_tokens for b in decoder.batches) == 4 * PAGE + 5 * (2 + 5) + 3 + 5
-    assert [r.params.seed for r in samples] == [2**63 - 2, 2**63 - 1, 0, 1, 2]
     assert len({tuple(r.token_ids) for r in samples}) == 5
     single = engine()
     alone = single.add(prompt, samples[3].params)
     run(single)
     assert alone.token_ids == samples[3].token_ids
-    with pytest.raises(RequestError, match="n must be"):
-        e.add_samples(prompt, params, 0)
 
 
 def test_times_of_a_request() -> None:

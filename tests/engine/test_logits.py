@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.sampling import choose
 from helpers.tiny import EOS, write_byte_tokenizer
 from qoq.engine.logits import LogitsRules
 from qoq.engine.request import Request, SamplingParams
@@ -117,8 +118,9 @@ def test_alone_and_in_a_batch_to_the_bit(asked: list[Any], seed: int) -> None:
 
     def updates(rows: list[int]) -> list[tuple[Any, ...]]:
         requests = [request(prompt, new, seed=3, **p) for prompt, new, p in asked]
-        chosen = Sampler(VOCAB).choose([requests[i] for i in rows], logits[rows])
-        return [(u.token_id, u.logprob, u.top_logprobs) for u in chosen]
+        choose(Sampler(VOCAB), [requests[i] for i in rows], logits[rows])
+        chosen = [requests[i] for i in rows]
+        return [(r.ids[-1], r.logprobs, r.top_logprobs) for r in chosen]
 
     together = updates(list(range(len(asked))))
     assert [updates([i])[0] for i in range(len(asked))] == together
@@ -130,25 +132,27 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     wanted = logits[0].log_softmax(-1)
     ranking = logits[0].sort(descending=True, stable=True).indices.tolist()
     r = request([5], [], logit_bias={ranking[4]: 100.0}, logprobs=3)
-    [update] = Sampler(VOCAB).choose([r], logits.clone())
-    assert update.token_id == ranking[4]
-    assert update.top_logprobs is not None
-    assert list(update.top_logprobs) == [ranking[4], *ranking[:3]]
-    for i, top in update.top_logprobs.items():
+    [update] = choose(Sampler(VOCAB), [r], logits.clone())
+    assert update.token_ids == (ranking[4],)
+    [tops] = r.top_logprobs
+    assert list(tops) == [ranking[4], *ranking[:3]]
+    for i, top in tops.items():
         assert top.logprob == pytest.approx(float(wanted[i]), abs=1e-6)
         assert top.rank == ranking.index(i) + 1
-    assert update.logprob == update.top_logprobs[ranking[4]].logprob
+    assert r.logprobs == [tops[ranking[4]].logprob]
 
 
 def test_asking_for_logprobs_changes_no_logprob() -> None:
     logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(5))
-    plain = Sampler(VOCAB).choose([request([5], []) for _ in range(8)], logits.clone())
-    told = Sampler(VOCAB).choose([request([5], [], logprobs=2) for _ in range(8)], logits.clone())
-    assert [u.logprob for u in told] == [u.logprob for u in plain]
-    for u in told:
-        assert u.top_logprobs is not None
-        assert u.top_logprobs[u.token_id].logprob == u.logprob  # type: ignore[index]
-        assert len(u.top_logprobs) == 2
+    plain = [request([5], []) for _ in range(8)]
+    told = [request([5], [], logprobs=2) for _ in range(8)]
+    for requests in (plain, told):
+        choose(Sampler(VOCAB), requests, logits.clone())
+    assert [r.logprobs for r in told] == [r.logprobs for r in plain]
+    for r in told:
+        [tops] = r.top_logprobs
+        assert tops[r.ids[-1]].logprob == r.logprobs[0]
+        assert len(tops) == 2
 
 
 def test_nothing_is_done_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +163,8 @@ def test_nothing_is_done_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("qoq.engine.sampler.log_sums", never)
     logits = torch.randn(2, VOCAB)
     before = logits.clone()
-    updates = Sampler(VOCAB).choose([request([5], []), request([5], [])], logits)
-    assert [u.token_id for u in updates] == before.argmax(-1).tolist()
+    updates = choose(Sampler(VOCAB), [request([5], []), request([5], [])], logits)
+    assert [u.token_ids for u in updates] == [(i,) for i in before.argmax(-1).tolist()]
     assert torch.equal(logits, before)
 
 

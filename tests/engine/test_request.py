@@ -32,7 +32,7 @@ def feed(request: Request, ids: list[int]) -> str:
     """Accept ids until the request ends; the pieces joined."""
     pieces = []
     for i in ids:
-        pieces.append(request.accept(i, -0.5).text)
+        pieces.append(request.accept(i, -0.5))
         if request.finish_reason:
             break
     return "".join(pieces)
@@ -89,6 +89,8 @@ def feed(request: Request, ids: list[int]) -> str:
         ("logprobs", True),
         ("prompt_logprobs", 2.0),
         ("skip_special_tokens", 1),
+        ("shown_special_ids", "a"),
+        ("include_stop_str_in_output", 1),
         ("structured_outputs", {"regex": "a"}),
     ],
 )
@@ -147,6 +149,18 @@ def test_stop_string_is_left_out_and_seen_across_tokens(tokenizer: Tokenizer) ->
     ids = tokenizer.encode("ab\nc\n\nx", special=False)
     assert feed(r, ids) == "ab\nc"
     assert (r.finish_reason, r.token_ids) == ("stop", ids[:6])
+
+
+def test_what_stopped_a_text_can_be_in_it(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("abcde", special=False)
+    r = request(tokenizer, stop=["bc"], include_stop_str_in_output=True)
+    assert (feed(r, ids), r.finish_reason, r.stop_reason) == ("abc", "stop", "bc")
+    r = request(tokenizer, stop_token_ids=[ids[1]], include_stop_str_in_output=True)
+    assert (feed(r, ids), r.stop_reason) == ("ab", ids[1])
+    r = request(tokenizer, include_stop_str_in_output=True)
+    assert feed(r, [ids[0], EOS]) == "a"  # a special token is not text
+    r = request(tokenizer, include_stop_str_in_output=True, shown_special_ids=[EOS])
+    assert feed(r, [ids[0], EOS]) == "a<|eos|>"
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer: Tokenizer) -> None:

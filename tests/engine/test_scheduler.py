@@ -12,14 +12,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from qoq.engine.plan import Chunk
 from qoq.engine.request import Request, SamplingParams
-from qoq.engine.scheduler import Chunk, Scheduler
+from qoq.engine.scheduler import Scheduler
 
 PARAMS = SamplingParams()
+UNGUESSABLE = SamplingParams(presence_penalty=1.0)
+MOST_GUESSES = 4
 
 
 class Serving(RuleBasedStateMachine):
-    """Random arrivals, ends, aborts and preemptions over pages whose content is modelled."""
+    """Random arrivals, ends, aborts, preemptions and guesses over pages whose content is modelled.
+
+    All requests write the same tokens in a step; each is guessed a number of them, one of them
+    wrongly perhaps.
+    """
 
     @initialize(
         num_pages=st.integers(1, 12),
@@ -45,6 +52,7 @@ class Serving(RuleBasedStateMachine):
             max_requests=max_requests,
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=caching,
+            guess=self.guess,
         )
         self.content: dict[int, int] = {}  # slot -> token
         self.live: list[Request] = []
@@ -56,9 +64,16 @@ class Serving(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         salt=st.sampled_from(["", "", "a"]),
         copies=st.integers(1, 3),
+        params=st.sampled_from([PARAMS, PARAMS, UNGUESSABLE]),
     )
     def arrive(
-        self, data: st.DataObject, alphabet: int, priority: int, salt: str, copies: int
+        self,
+        data: st.DataObject,
+        alphabet: int,
+        priority: int,
+        salt: str,
+        copies: int,
+        params: SamplingParams,
     ) -> None:
         # A request that ends with n tokens has n - 1 in the cache.
         room = self.num_pages * self.page_size + 1
@@ -67,7 +82,7 @@ class Serving(RuleBasedStateMachine):
         for _ in range(copies):
             request = Request(
                 prompt,
-                PARAMS,
+                params,
                 max_length=len(prompt) + new,
                 priority=priority,
                 cache_salt=salt,
@@ -87,27 +102,61 @@ class Serving(RuleBasedStateMachine):
     def preempt(self, data: st.DataObject) -> None:
         self.scheduler.preempt(data.draw(st.sampled_from(self.scheduler.running)))
 
-    @rule(token=st.integers(0, 2))
-    def step(self, token: int) -> None:
+    @rule(
+        tokens=st.lists(st.integers(0, 2), min_size=MOST_GUESSES + 1, max_size=MOST_GUESSES + 1),
+        guesses=st.lists(
+            st.tuples(st.integers(0, MOST_GUESSES), st.integers(0, MOST_GUESSES)),
+            min_size=1,
+            max_size=3,
+        ),
+    )
+    def step(self, tokens: list[int], guesses: list[tuple[int, int]]) -> None:
+        self.tokens, self.guesses = tokens, guesses
         plan = self.scheduler.plan()
         assert bool(plan.chunks) == bool(self.live)
         self.check_plan(plan.chunks)
         written = set()
-        for request, begin, stop in plan.chunks:
+        for request, begin, stop, guessed in plan.chunks:
             held = [self.content.get(self.slot(request, at)) for at in range(begin)]
             assert held == request.ids[:begin], "what counts as cached is not its own text"
-            for at in range(begin, stop):
+            for at, token in enumerate([*request.ids[begin:stop], *guessed], begin):
                 slot = self.slot(request, at)
                 assert slot not in written, "two rows write one slot"
                 assert self.scheduler.pages.users(slot // self.page_size) == 1
                 written.add(slot)
-                self.content[slot] = request.ids[at]
+                self.content[slot] = token
+        running = [request for request in self.live if request.row >= 0]
+        taken = any(self.missing(request) < 0 for request in running)
+        accepted = self.scheduler.accepted_tokens
+        for chunk in plan.chunks:
+            if chunk.reaches_end:
+                accepted += self.accept(chunk)
         self.scheduler.advance(plan.chunks)
-        for request, _, stop in plan.chunks:
-            if stop == len(request.ids):
-                request.ids.append(token)
-                if len(request.ids) == request.max_length:
-                    self.end(request)
+        assert self.scheduler.accepted_tokens == accepted
+        if taken:
+            going_on = [r for r in running if len(r.ids) < r.max_length]
+            missing = sum(self.missing(request) for request in going_on)
+            assert missing <= self.scheduler.pages.num_free, "guesses cost another its next page"
+        for chunk in plan.chunks:
+            if len(chunk.request.ids) == chunk.request.max_length:
+                self.end(chunk.request)
+
+    def missing(self, request: Request) -> int:
+        """Pages that it needs for all its ids and does not have."""
+        return -(-len(request.ids) // self.page_size) - len(request.pages)
+
+    def guess(self, request: Request, count: int) -> list[int]:
+        many, wrong = self.guesses[request.order[1] % len(self.guesses)]
+        ids = self.tokens[: min(many, count)]
+        return [(i + 1) % 3 if at == wrong else i for at, i in enumerate(ids)]
+
+    def accept(self, chunk: Chunk) -> int:
+        """Give a request its tokens; how many of them were guessed right."""
+        for at, guess in enumerate((*chunk.guessed, None)):
+            chunk.request.ids.append(self.tokens[at])
+            if self.tokens[at] != guess:
+                break
+        return at
 
     def slot(self, request: Request, at: int) -> int:
         return request.pages[at // self.page_size] * self.page_size + at % self.page_size
@@ -120,13 +169,19 @@ class Serving(RuleBasedStateMachine):
 
     def check_plan(self, chunks: list[Chunk]) -> None:
         running = [request for request in self.live if request.row >= 0]
-        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        sizes = [chunk.stop - chunk.start + len(chunk.guessed) for chunk in chunks]
         assert len({id(chunk.request) for chunk in chunks}) == len(chunks)
         assert all(size > 0 for size in sizes)
         assert sum(sizes) <= max(self.max_step_tokens, self.max_requests + 1)
-        for request, begin, stop in chunks:
+        for request, begin, stop, guessed in chunks:
             assert request in running
             assert (begin, stop <= len(request.ids)) == (request.num_cached, True)
+            longest = -(-max(request.max_length - 1, 1) // self.page_size)
+            assert len(request.pages) <= longest
+            if guessed:
+                assert request.params is PARAMS
+                assert stop == len(request.ids)
+                assert stop + len(guessed) < request.max_length
         parts = {id(chunk.request) for chunk in chunks}
         generating = [r for r in running if len(r.ids) - r.num_cached == 1]
         assert all(id(request) in parts for request in generating)
@@ -145,6 +200,7 @@ class Serving(RuleBasedStateMachine):
             assert len(set(request.pages)) == len(request.pages)
             if request.row < 0:
                 assert request.pages == []
+            assert self.missing(request) >= 0 or request.row < 0, "a guess's page outlives it"
 
     @invariant()
     def rows_are_counted_right(self) -> None:
@@ -161,7 +217,7 @@ class Serving(RuleBasedStateMachine):
             return
         most = sum(request.max_length for request in self.live) * (1 + len(self.live))
         for _ in range(most):
-            self.step(0)
+            self.step([0] * (MOST_GUESSES + 1), [(MOST_GUESSES, 2), (2, MOST_GUESSES)])
         assert not self.live, "a request never ends"
         assert self.scheduler.pages.num_used == 0
         assert not self.scheduler._reading
@@ -235,7 +291,9 @@ def test_a_prompt_that_is_being_read_is_shared_once_it_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.scheduler", "engine.line", "engine.request", "kvcache.prefix"]
+    "module",
+    [f"engine.{name}" for name in ("scheduler", "plan", "line", "request", "speculative")]
+    + ["kvcache.prefix"],
 )
 def test_policy_without_tensors(module: str) -> None:
     file = Path(str(importlib.import_module(f"qoq.{module}").__file__))

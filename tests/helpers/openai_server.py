@@ -24,6 +24,8 @@ qoq:generation_tokens_total{model_name="echo"} %d
 qoq:prompt_tokens_total{model_name="echo"} %d
 qoq:prefix_cache_queries_total{model_name="echo"} 100.0
 qoq:prefix_cache_hits_total{model_name="echo"} 40.0
+qoq:spec_decode_num_draft_tokens_total{model_name="echo"} 2000.0
+qoq:spec_decode_num_accepted_tokens_total{model_name="echo"} 500.0
 qoq:cache_config_info{model_name="echo",kv_cache_size_tokens="4096"} 1.0
 """
 

@@ -35,14 +35,21 @@ def random_packed_tensors(
     return tensors
 
 
-def write_random_packed(folder: Path, scheme: str = "w4a8kv4-g32", *, context: int = 512) -> Path:
-    """A packed checkpoint of random codes, tokenizer included; ``folder`` takes its source too."""
+def write_random_packed(
+    folder: Path, scheme: str = "w4a8kv4-g32", *, context: int = 512, norm: float = 0.05
+) -> Path:
+    """A packed checkpoint of random codes, with a tiny Llama's shape and tokenizer.
+
+    ``norm`` scales the last norm: a small one keeps the likeliest tokens below probability 1.
+    """
     write_tiny_llama(folder / "source")
     raw = json.loads((folder / "source" / "config.json").read_text())
     raw["max_position_embeddings"] = context
     parsed = QuantScheme.parse(scheme)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        tensors = random_packed_tensors(ModelConfig.from_hf(raw), parsed)
+    tensors["model.norm.weight"] *= norm
     writer = CheckpointWriter(folder / "out")
-    tensors = random_packed_tensors(ModelConfig.from_hf(raw), parsed)
-    tensors["model.norm.weight"] *= 0.01  # or every likeliest token has probability 1
     writer.write_shard("model.safetensors", tensors)
     return writer.finish(raw, make_manifest(parsed), companion_files(folder / "source"))

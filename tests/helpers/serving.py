@@ -16,9 +16,9 @@ import httpx
 
 from helpers.verbs import spawn
 from qoq.server.app import create_app
+from qoq.server.background import Background, background
 from qoq.server.context import Context
 from qoq.server.model import EngineOptions, ServedModel, load_served_model
-from qoq.server.run import Server, Transport, bind, make_server
 from qoq.server.settings import ServerSettings
 
 NAME = "tiny"
@@ -93,14 +93,8 @@ async def client(model: ServedModel, **settings: Any) -> AsyncIterator[Client]:
         yield Client(http, app.state.context)
 
 
-@dataclass
-class LiveServer:
+class LiveServer(Background):
     """A server behind a socket of this machine."""
-
-    url: str
-    server: Server
-    context: Context
-    thread: threading.Thread
 
     def until_idle(self) -> None:
         """Wait until the engine holds nothing, then check that every page is free."""
@@ -118,22 +112,9 @@ class LiveServer:
 def live(model: ServedModel, **settings: Any) -> Iterator[LiveServer]:
     """A running server, stopped at the end."""
     wanted = ServerSettings(**{"served_model_names": (NAME,), **settings})
-    app = create_app(model, wanted)
-    server = make_server(app, wanted, Transport(log_level="warning"))
-    with bind("127.0.0.1", 0) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        for _ in range(1000):
-            if server.started:
-                break
-            time.sleep(0.02)
-        try:
-            yield LiveServer(url, server, app.state.context, thread)
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive()
+    with background(model, wanted) as running:
+        yield LiveServer(**vars(running))
+    assert not running.thread.is_alive()
 
 
 @contextmanager

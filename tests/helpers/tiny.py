@@ -1,6 +1,7 @@
 """Tiny models and tokenizers in Hugging Face layout, built on the spot."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ TEMPLATE = (
 )
 
 
-def write_byte_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
-    """A byte-level BPE tokenizer (GPT-2, Llama-3, Qwen style); returns its vocabulary's size."""
+def write_byte_tokenizer(
+    folder: Path, *, template: str | None = TEMPLATE, added: Mapping[str, bool] | None = None
+) -> int:
+    """A byte-level BPE tokenizer (GPT-2, Llama-3, Qwen style); returns its vocabulary's size.
+
+    ``added``: more tokens of their own, and whether they are special.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -24,8 +30,9 @@ def write_byte_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> in
     tok = Tokenizer(models.BPE(vocab, merges))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    _save(folder, tok, [AddedToken(t, special=True) for t in _SPECIAL], template)
-    return 3 + len(tokens)
+    more = [AddedToken(t, special=special) for t, special in (added or {}).items()]
+    _save(folder, tok, [*(AddedToken(t, special=True) for t in _SPECIAL), *more], template)
+    return 3 + len(tokens) + len(more)
 
 
 def write_fallback_tokenizer(folder: Path) -> int:
@@ -59,7 +66,7 @@ def _save(folder: Path, tok: Any, special: list[Any], template: str | None) -> N
         state = json.loads(tok.to_str())
         state["model"]["vocab"].update({t: i for i, t in enumerate(_SPECIAL)})
         tok = type(tok).from_str(json.dumps(state))
-    tok.add_special_tokens(special)
+    tok.add_tokens(special)
     tok.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -73,14 +80,17 @@ def _save(folder: Path, tok: Any, special: list[Any], template: str | None) -> N
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def write_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Any:
+def write_tiny_llama(
+    folder: Path, *, seed: int = 0, tokenizer: Mapping[str, Any] | None = None, **overrides: Any
+) -> Any:
     """A random Llama with a byte-level tokenizer in ``folder``; returns the transformers model.
 
-    Its weights are large enough that greedy text varies; ``overrides`` go to LlamaConfig.
+    Its weights are large enough that greedy text varies; ``tokenizer`` are options of
+    ``write_byte_tokenizer``, ``overrides`` go to LlamaConfig.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocab_size = write_byte_tokenizer(folder)
+    vocab_size = write_byte_tokenizer(folder, **(tokenizer or {}))
     config: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,

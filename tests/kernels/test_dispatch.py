@@ -97,6 +97,14 @@ def test_unknown_names() -> None:
         resolve("matmul", "auto", "cpu")
 
 
+def test_twins_of_other_devices_are_not_imported() -> None:
+    twins = {"linear": (Twin("gpu", "twin_lost", "cuda"),)}
+    with pytest.raises(BackendUnavailable, match="gpu: it runs on cuda devices only"):
+        resolve("linear", "gpu", torch.device("cpu"), twins=twins)
+    with pytest.raises(BackendUnavailable, match="No module named 'twin_lost'"):
+        resolve("linear", "gpu", torch.device("cuda"), twins=twins)
+
+
 def test_describe(twins: dict[str, tuple[Twin, ...]]) -> None:
     assert [op for op, _ in describe("cpu")] == list(TWINS)
     assert describe("cpu", twins=twins) == [("linear", "gpu (twin_gpu)")]

@@ -1,11 +1,12 @@
 """Batch: where every token's KV row lies."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qoq.models.batch import Batch
+from qoq.models.batch import Batch, BatchShape
 
 
 def test_the_docstring_example() -> None:
@@ -17,7 +18,6 @@ def test_the_docstring_example() -> None:
     assert batch.kv_lens.tolist() == [3, 5]
     assert batch.cu_seqlens_q.tolist() == [0, 3, 8]
     assert (batch.num_pages, batch.num_tokens) == (3, 8)
-    assert batch.last_rows.tolist() == [2, 7]
     dtypes = {batch.page_table.dtype, batch.kv_lens.dtype, batch.cu_seqlens_q.dtype}
     assert dtypes == {torch.int32}
     assert {batch.input_ids.dtype, batch.positions.dtype, batch.slots.dtype} == {torch.int64}
@@ -55,3 +55,31 @@ def test_prefill_gives_every_token_its_own_slot(lengths: list[int], page_size: i
         at = torch.arange(n)
         page = batch.page_table[s].long()[at // page_size]
         assert torch.equal(batch.slots[rows], page * page_size + at % page_size)
+
+
+@given(
+    counts=st.lists(st.integers(0, 9), max_size=5),
+    more=st.tuples(*[st.integers(0, 3)] * 3),
+    page_size=st.integers(1, 5),
+)
+def test_padding(counts: list[int], more: tuple[int, int, int], page_size: int) -> None:
+    """A larger batch, whatever it held before, is the plain one and rows that are nobody's."""
+    draw = np.random.default_rng(0)
+    starts = draw.integers(0, 20, len(counts))
+    pages = 6 * 5
+    table = draw.permutation(5 * pages)[: len(counts) * pages].reshape(-1, pages).astype(np.int32)
+    ids = draw.integers(1, 99, sum(counts))
+    plain = Batch.ragged(ids, starts, np.array(counts, dtype=np.int64), table, page_size)
+    tokens, sequences, wide = sum(counts) + more[0], len(counts) + more[1], pages + more[2]
+    shape = BatchShape(tokens, sequences, wide)
+    padded = shape.views(shape.flat().random_())
+    padded.fill(ids, starts, np.array(counts, dtype=np.int64), table, page_size)
+    for name in ("input_ids", "positions", "slots"):
+        own, rest = getattr(padded, name).split([sum(counts), more[0]])
+        assert torch.equal(own, getattr(plain, name))
+        assert rest.eq(-1 if name == "slots" else 0).all()
+    assert torch.equal(padded.page_table[: len(counts), :pages], plain.page_table)
+    assert padded.page_table.sum() == plain.page_table.sum()
+    assert padded.kv_lens.tolist() == plain.kv_lens.tolist() + [0] * more[1]
+    assert padded.cu_seqlens_q.tolist() == plain.cu_seqlens_q.tolist() + [sum(counts)] * more[1]
+    assert padded.page_table.dtype == padded.kv_lens.dtype == torch.int32

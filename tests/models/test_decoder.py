@@ -101,7 +101,7 @@ def test_rows_select_logits() -> None:
     decoder = decoder_of(make_family_model("qwen3-d256"))
     batch = Batch.prefill([random_ids(5, 211), random_ids(3, 211)], PAGE)
     every = decoder(batch, pages_for(decoder, 2))
-    last = decoder(batch, pages_for(decoder, 2), batch.last_rows)
+    last = decoder(batch, pages_for(decoder, 2), torch.tensor([4, 7]))
     torch.testing.assert_close(last, every[[4, 7]], rtol=1e-5, atol=1e-5)
 
 

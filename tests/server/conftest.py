@@ -7,6 +7,7 @@ import pytest
 import pytest_asyncio
 
 from helpers import serving
+from helpers.calling import write_calling_llama
 from helpers.tiny import write_tiny_llama
 from qoq.server.model import ServedModel
 
@@ -27,3 +28,11 @@ def model(folder: Path) -> ServedModel:
 async def app(model: ServedModel) -> AsyncIterator[serving.Client]:
     async with serving.client(model) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A model whose template has tools, and whose vocabulary has the marks of calls."""
+    folder = tmp_path_factory.mktemp("calling")
+    write_calling_llama(folder)
+    return serving.load(folder)

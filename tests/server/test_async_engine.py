@@ -148,10 +148,10 @@ async def test_one_refused_text_aborts_its_neighbours(
 
     add = Engine.add
 
-    def picky(self: Engine, prompt_ids: Any, params: Any) -> Any:
+    def picky(self: Engine, prompt_ids: Any, params: Any, **more: Any) -> Any:
         if len(prompt_ids) == 1:
             raise RequestError("Too short for my taste.")
-        return add(self, prompt_ids, params)
+        return add(self, prompt_ids, params, **more)
 
     monkeypatch.setattr(Engine, "add", picky)
     async with client(model) as app:

@@ -2,17 +2,20 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import serving
+from qoq.api.sampling import Ends, sampling_defaults, sampling_params
+from qoq.engine.choices import choices
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.errors import RequestError, ResourceError, SourceError
 from qoq.server.logs import JsonFormatter, TextFormatter
-from qoq.server.model import ServedModel, sampling_defaults
+from qoq.server.model import ServedModel
 from qoq.server.report import report_lines, start_report
-from qoq.server.sampling import Ends, sampling_params
 from qoq.server.settings import ServerSettings
 
 
@@ -31,6 +34,8 @@ def test_cache_is_what_was_asked_for(folder: Path, model: ServedModel) -> None:
         {"max_model_len": -1},
         {"kv_memory_fraction": 0.0},
         {"kv_memory_bytes": 0},
+        {"tool_call_parser": "nonsense"},
+        {"enable_auto_tool_choice": True},  # this template shows no calls
         {"seed": 2**63},
     ]
     for options in bad:
@@ -65,7 +70,8 @@ def test_requests_win_over_defaults() -> None:
 
     defaults = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
     two = sampling_params(Body(), Ends(stop="a"), defaults, max_tokens=3, vocab=10)
-    assert [p.seed for p in two] == [7, 8]
+    assert two == choices(replace(two[0], n=2))
+    assert two[0].seed == 7
     assert (two[0].temperature, two[0].top_k, two[0].top_p) == (0.7, 10, 0.9)
     body = Body()
     body.temperature, body.top_k, body.n = 0, -1, None
@@ -106,7 +112,7 @@ def test_settings_that_let_nothing_through(wrong: dict[str, Any]) -> None:
         ServerSettings(**{"served_model_names": ("a",), **wrong})
 
 
-def test_start_report(model: ServedModel) -> None:
+def test_start_report(model: ServedModel, caller: ServedModel) -> None:
     report = start_report(model)
     assert json.loads(json.dumps(report)) == report
     assert {"act_quant", "linear", "attention", "sample"} <= set(report["ops"])
@@ -115,6 +121,14 @@ def test_start_report(model: ServedModel) -> None:
     assert "maximum concurrency for 128 tokens per request: 64.00x" in text
     assert "w16a16" in text
     assert "CPU kernels: " in text
+    assert "speculative decoding: off" in text
+    report = start_report(replace(model, speculative=SpeculativeConfig(4)))
+    assert json.loads(json.dumps(report)) == report
+    assert report["speculative_config"]["num_speculative_tokens"] == 4
+    assert "speculative decoding: up to 4 tokens" in "\n".join(report_lines(report))
+    assert "tool calls: parser none, automatic tool choice off" in text
+    report = start_report(caller)
+    assert (report["tool_call_parser"], report["auto_tool_choice"]) == ("hermes", True)
 
 
 def test_log_lines() -> None:

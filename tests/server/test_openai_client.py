@@ -103,7 +103,7 @@ def test_errors_become_the_clients_exceptions(
     with pytest.raises(openai.BadRequestError, match="context is 2048") as caught:
         client.completions.create(model="books", prompt="the " * 5000)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools"):
+    with pytest.raises(openai.BadRequestError, match="--tool-call-parser"):
         client.chat.completions.create(
             model="books",
             messages=TALK,

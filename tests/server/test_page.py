@@ -177,6 +177,7 @@ def test_the_dashboard_shows_what_the_metrics_say(visit: Any) -> None:
         assert "40.0 %" in seen.page.inner_text(".card:has-text('Prefix cache')")
         assert "w4a8kv4-g128" in seen.page.inner_text("#runs")
         assert "4,096 tokens" in seen.page.inner_text("#totals")
+        assert "25.0 % of 2,000" in seen.page.inner_text("#totals")
         echo.metrics = METRICS % (3, 10_000, 1000)
         seen.page.wait_for_selector(".card:has-text('Throughput') .value:text-matches('[0-9]')")
         painted = seen.page.evaluate(
@@ -184,6 +185,8 @@ def test_the_dashboard_shows_what_the_metrics_say(visit: Any) -> None:
             ".getImageData(0, 0, c.width, c.height).data.some(Boolean))"
         )
         assert painted == [True] * 6
+        echo.metrics = echo.metrics.replace(" 2000.0", " 0.0").replace(" 500.0", " 0.0")
+        seen.page.wait_for_selector("#totals:not(:has-text('Guessed'))")
         echo.metrics = None
         seen.page.wait_for_selector("#notice:has-text('no metrics')")
         seen.context.set_offline(True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -14,22 +15,44 @@ TALK = [{"role": "user", "content": "hello"}]
 PLAIN = "{{ bos }}{% for m in messages %}{{ m.content }}{% endfor %}{{ extra }}"
 
 
+class OneTemplate:
+    """A template and the process that renders it."""
+
+    def __init__(self, source: str) -> None:
+        self.template = ChatTemplate(source, {"bos": "<s>"})
+        self.process = TemplateProcess(time_limit=1.0)
+        self.start = self.process.start
+
+    def render(self, messages: Any, **options: Any) -> str:
+        return self.process.render(self.template, messages, **options)
+
+
 @contextmanager
-def process(source: str, limit: float = 1.0) -> Iterator[TemplateProcess]:
-    template = TemplateProcess(ChatTemplate(source, {"bos": "<s>"}), time_limit=limit)
+def process(source: str) -> Iterator[OneTemplate]:
+    one = OneTemplate(source)
     try:
-        yield template
+        yield one
     finally:
-        template.close()
+        one.process.close()
 
 
 def test_renders_as_in_this_process() -> None:
     with process(PLAIN) as template:
-        options = {"variables": {"extra": "!ü\n"}}
-        here = ChatTemplate(PLAIN, {"bos": "<s>"}).render(TALK, **options)  # type: ignore[arg-type]
+        options: Any = {"variables": {"extra": "!ü\n"}}
+        here = template.template.render(TALK, **options)
         assert template.render(TALK, **options) == here == "<s>hello!ü\n"
         with pytest.raises(RequestError, match="empty"):
             template.render([])
+
+
+def test_a_conversation_that_is_too_deep() -> None:
+    value: Any = "a"
+    for _ in range(5000):
+        value = [value]
+    with process(PLAIN) as template:
+        with pytest.raises(RequestError, match="nested too deeply"):
+            template.render([{"role": "user", "content": "a", "x": value}])
+        assert template.render(TALK) == "<s>hello"
 
 
 def test_a_template_that_works_only_sometimes() -> None:

@@ -30,6 +30,7 @@ CASES: list[tuple[type[Parser], str, str, list[ToolCall]]] = [
     (Hermes, f"<tool_call>{WEATHER}</tool_call> Done.", "Done.", [CALL]),
     (Hermes, f"<tool_call><tool_call>{WEATHER}</tool_call>", "<tool_call>", [CALL]),
     (Hermes, "a < b <tool_cal", "a < b <tool_cal", []),
+    (Hermes, "a \n<tool_call>no json", "a \n<tool_call>no json", []),
     (Hermes, "<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", []),
     (Hermes, '<tool_call>{"nam', '<tool_call>{"nam', []),
     (Hermes, '<tool_call>{"name": "f", "arguments": {"a', "", [ToolCall("f", '{"a')]),

@@ -8,7 +8,7 @@ import pytest
 from qoq.errors import RequestError
 from qoq.tools.choose import choose_parser
 from qoq.tools.parsers import CallList, Hermes, OneCall
-from qoq.tools.request import plan_tools
+from qoq.tools.request import ToolPlan, plan_tools
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
@@ -20,30 +20,44 @@ def tool(name: str, parameters: Any = None) -> dict[str, Any]:
 TOOLS = [tool("weather", CITY), tool("now")]
 
 
+def forced(plan: ToolPlan) -> dict[str, Any]:
+    """The schema that a whole text must follow."""
+    assert plan.structure is not None
+    schema = plan.structure["json"]
+    assert isinstance(schema, dict)
+    return schema
+
+
+def deep(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"properties": {"a": value}}
+    return value
+
+
 def test_none_and_auto() -> None:
     for tools, choice in ((None, None), ([], "auto"), (TOOLS, "none")):
-        plan = plan_tools(tools, choice, parser="hermes")
-        assert (plan.json_schema, plan.parser, plan.required) == (None, None, False)
+        assert plan_tools(tools, choice, parser="hermes") == ToolPlan()
     for choice in (None, "auto"):
         plan = plan_tools(TOOLS, choice, parser="hermes")
-        assert (plan.json_schema, plan.parser, plan.required) == (None, Hermes, False)
-        assert plan_tools(TOOLS, choice).parser is None
+        assert (plan.choice, plan.structure) == ("auto", None)
+        assert isinstance(plan.parser and plan.parser(), Hermes)
+        assert plan_tools(TOOLS, choice) == ToolPlan("auto")
 
 
 def test_named_function_is_its_parameters() -> None:
     plan = plan_tools(TOOLS, {"type": "function", "function": {"name": "weather"}})
-    assert plan.json_schema == CITY
-    assert plan.required
+    assert (plan.choice, plan.structure) == ("named", {"json": CITY})
     assert plan.parser is not None
     assert isinstance(plan.parser(), OneCall)
 
 
 def test_required_is_a_list_of_calls() -> None:
     plan = plan_tools(TOOLS, "required", parallel=False)
-    assert plan.parser is CallList
-    assert plan.json_schema is not None
-    assert (plan.json_schema["minItems"], plan.json_schema["maxItems"]) == (1, 1)
-    names = [c["properties"]["name"]["const"] for c in plan.json_schema["items"]["anyOf"]]
+    assert (plan.choice, plan.parser) == ("required", CallList)
+    schema = forced(plan)
+    assert (schema["minItems"], schema["maxItems"]) == (1, 1)
+    names = [c["properties"]["name"]["const"] for c in schema["items"]["anyOf"]]
     assert names == ["weather", "now"]
 
 
@@ -56,8 +70,7 @@ def test_definitions_move_to_the_root_and_stay_apart() -> None:
         }
 
     tools = [tool("a", with_definition("string")), tool("b", with_definition("integer"))]
-    schema = plan_tools(tools, "required").json_schema
-    assert schema is not None
+    schema = forced(plan_tools(tools, "required"))
     text = json.dumps(schema)
     assert "#/$defs/x" not in text
     assert schema["$defs"]["0-$defs-x"]["type"] == "string"
@@ -87,7 +100,7 @@ def test_required_schema_compiles_and_its_text_is_parsed(tmp_path: Any) -> None:
             {"name": "l", "parameters": {"city": "Rome"}},
         ]
     )
-    m = grammars.matcher(StructuredOutputsParams(json=plan.json_schema))
+    m = grammars.matcher(StructuredOutputsParams(json=forced(plan)))
     for i in tokenizer.encode(text, special=False):
         assert m.allowed()[i]
         done = m.accept(i)
@@ -111,11 +124,15 @@ def test_required_schema_compiles_and_its_text_is_parsed(tmp_path: Any) -> None:
         ([tool("a", [1])], "auto", "parameters must be"),
         ([tool(f"f{i}") for i in range(200)], "auto", "at most"),
         (["a"], "auto", r"tools\[0\] must be"),
+        ([tool("a", deep(60))], "none", "nested"),
+        ([tool("a", deep(5000))], "required", "nested"),
+        ([{"type": "function", "function": {"name": "f", "strict": 1}}], "auto", "strict must be"),
     ],
 )
 def test_what_cannot_be_is_named(tools: Any, choice: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         plan_tools(tools, choice)
+    assert caught.value.param == ("tool_choice" if "tool_choice" in str(caught.value) else "tools")
 
 
 def test_unknown_parser() -> None:

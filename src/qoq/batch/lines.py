@@ -3,33 +3,31 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from qoq.api.calling import ToolCalling
+from qoq.api.checks import check_chat, check_completion
+from qoq.api.cut import Cut
+from qoq.api.forms import requested_form
+from qoq.api.logprobs import LogprobWriter, best
+from qoq.api.messages import plain_message, shown_tools
+from qoq.api.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, SamplingFields
+from qoq.api.sampling import Ends, sampling_params
 from qoq.engine.request import Output, SamplingParams
 from qoq.errors import RequestError
+from qoq.tokenizer import Tokenizer
+from qoq.tools.calls import collect
+from qoq.tools.reader import TextReader
+from qoq.tools.request import ToolPlan
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-Messages = Sequence[Mapping[str, Any]]
 
-# What SamplingParams can do and answers here cannot tell yet.
-_UNTOLD = {"n", "logprobs", "prompt_logprobs", "structured_outputs"}
-# Names of the body that are SamplingParams' own.
-_OWN = {field.name for field in fields(SamplingParams)} - {"max_tokens", "stop"} - _UNTOLD
-# What changes an answer in ways this program cannot honour here; these values change nothing.
+# What the server honours and a batch does not; these values change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "stream": (False,),
     "echo": (False,),
-    "logprobs": (False, 0),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "prompt_logprobs": (),
-    "structured_outputs": ({},),
-    "suffix": ("",),
 }
 
 
@@ -51,6 +49,29 @@ class BadLine(Exception):
         self.custom_id = custom_id
 
 
+@dataclass(frozen=True)
+class Model:
+    """What lines are read with: the name in answers, sampling defaults, the context in tokens."""
+
+    name: str
+    tokenizer: Tokenizer
+    tools: ToolCalling
+    defaults: Mapping[str, float]
+    context: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A line's request: its prompt, and one SamplingParams for each of its texts."""
+
+    line: Line
+    body: ChatRequest | CompletionRequest
+    plan: ToolPlan
+    prompt: list[int]
+    params: list[SamplingParams]
+
+
 def line_id(number: int, raw: bytes) -> str:
     """A line's id: the same for the same bytes at the same place, so that a run can be resumed."""
     return "batch_req_" + hashlib.sha256(b"%d:%s" % (number, raw)).hexdigest()[:24]
@@ -60,7 +81,7 @@ def read_line(number: int, raw: bytes) -> Line:
     """The request of a line. Raises BadLine."""
     try:
         value = json.loads(raw)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise BadLine(f"Line {number} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise BadLine(f"Line {number} must be a JSON object.")
@@ -76,78 +97,137 @@ def read_line(number: int, raw: bytes) -> Line:
     return Line(line_id(number, raw), custom_id, value["url"], value["body"])
 
 
-def params_of(line: Line, defaults: Mapping[str, Any], context: int) -> SamplingParams:
-    """How to sample, by the body, then the model's ``defaults``, then the API's own.
+def asked(line: Line, model: Model) -> Asked:
+    """What a line asks of the engine, read as the server reads it.
 
-    Chats are as long as the ``context`` allows unless they say otherwise, completions 16 tokens.
-    Raises RequestError for bad values and for what cannot be honoured.
+    Chats are as long as the context allows unless they say otherwise. Raises RequestError for bad
+    values and for what cannot be honoured.
     """
-    body = {name: value for name, value in line.body.items() if value is not None}
     for name, neutral in _NEUTRAL.items():
-        if name in body and name not in _OWN and body[name] not in neutral:
-            raise RequestError(f"{name}={body[name]!r} is not supported in a batch.")
-    longest = body.get("max_tokens", context if line.url == CHAT else 16)
-    if line.url == CHAT:
-        longest = body.get("max_completion_tokens", longest)
-    wanted = {"temperature": 1.0, **defaults, **{k: v for k, v in body.items() if k in _OWN}}
-    if wanted.get("top_k") == -1:  # how many clients say "off"
-        wanted["top_k"] = 0
+        value = line.body.get(name)
+        if value is not None and value not in neutral:
+            raise RequestError(f"{name} is not supported in a batch; leave it out.", param=name)
     try:
-        if "logit_bias" in wanted:  # the keys of a JSON object are text
-            wanted["logit_bias"] = {int(i): bias for i, bias in wanted["logit_bias"].items()}
-        return SamplingParams(max_tokens=longest, stop=body.get("stop") or (), **wanted)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise RequestError(f"The body has a value of a wrong type: {error}.") from error
+        return _chat(line, model) if line.url == CHAT else _completion(line, model)
+    except RecursionError:
+        raise RequestError("The body is nested too deeply; make it flatter.") from None
 
 
-def prompt_ids(
-    line: Line,
-    encode: Callable[[str], list[int]],
-    encode_chat: Callable[[Messages], list[int]],
-) -> list[int]:
-    """Ids of the line's prompt or conversation. Raises RequestError."""
-    if line.url == CHAT:
-        messages = line.body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise RequestError("messages must be a list of at least one message.")
-        return encode_chat([_plain(message) for message in messages])
-    prompt = line.body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+def _chat(line: Line, model: Model) -> Asked:
+    body = ChatRequest.of_json(line.body)
+    check_chat(body)
+    plan = model.tools.plan(
+        body.tools,
+        body.tool_choice,
+        parallel=body.parallel_tool_calls,
+        form=requested_form(vars(body)),
+    )
+    tools = None if plan.choice == "none" else shown_tools(body.tools)
+    text = model.tokenizer.chat_template(body.chat_template, tools=bool(tools)).render(
+        [plain_message(message) for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        tools=tools,
+        variables=body.chat_template_kwargs,
+    )
+    ids = model.tokenizer.encode(text, special=body.add_special_tokens)
+    longest = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    ids = _cut(ids, body, longest, model)
+    params = _params(body, body.top_logprobs, model.context if longest is None else longest, model)
+    return Asked(line, body, plan, ids, [model.tools.shape(p, plan) for p in params])
+
+
+def _completion(line: Line, model: Model) -> Asked:
+    body = CompletionRequest.of_json(line.body)
+    check_completion(body)
+    prompt = body.prompt
+    if prompt and len(prompt) == 1 and isinstance(prompt[0], list | str):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return encode(prompt)
-    if isinstance(prompt, list) and all(type(i) is int for i in prompt):
-        return prompt
-    raise RequestError("prompt must be one text or one list of token ids.")
-
-
-def answer(line: Line, model: str, output: Output) -> dict[str, Any]:
-    """The line of a finished request."""
-    counts = {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": len(output.token_ids),
-        "total_tokens": len(output.prompt_token_ids) + len(output.token_ids),
-    }
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": output.finish_reason}
-    if line.url == CHAT:
-        choice["message"] = {"role": "assistant", "content": output.text}
+        ids = model.tokenizer.encode(prompt, special=body.add_special_tokens)
     else:
-        choice["text"] = output.text
-    body = {
-        "id": f"{'chatcmpl' if line.url == CHAT else 'cmpl'}-{line.id.rpartition('_')[2]}",
-        "object": "chat.completion" if line.url == CHAT else "text_completion",
+        ids = [i for i in prompt if isinstance(i, int)]
+        if len(ids) < len(prompt):
+            raise RequestError("prompt must be one text or one list of token ids.", param="prompt")
+    longest = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    ids = _cut(ids, body, longest, model)
+    return Asked(line, body, ToolPlan(), ids, _params(body, body.logprobs, longest, model))
+
+
+def _cut(ids: list[int], body: SamplingFields, longest: int | None, model: Model) -> list[int]:
+    cut = Cut.asked(body, max_model_len=model.context, max_tokens=longest)
+    return ids if cut is None else cut.ids(ids, model.tokenizer.hf.bos_token_id)
+
+
+def _params(
+    body: ChatRequest | CompletionRequest, logprobs: int | None, longest: int, model: Model
+) -> list[SamplingParams]:
+    return sampling_params(
+        body,
+        Ends(body.stop, body.stop_token_ids, body.ignore_eos),
+        model.defaults,
+        max_tokens=longest,
+        vocab=model.vocab_size,
+        logprobs=logprobs or None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+def answer(
+    request: Asked, outputs: Sequence[Output], model: Model, writer: LogprobWriter
+) -> dict[str, Any]:
+    """The line of a finished request, all of its texts."""
+    line, body, first = request.line, request.body, outputs[0]
+    is_chat = line.url == CHAT
+    choices = [_choice(request, index, text, model, writer) for index, text in enumerate(outputs)]
+    new = sum(len(text.token_ids) for text in outputs)
+    made: dict[str, Any] = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{line.id.rpartition('_')[2]}",
+        "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": counts,
+        "model": body.model or model.name,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": new,
+            "total_tokens": len(request.prompt) + new,
+        },
     }
-    return _response(line, 200, body)
+    if first.prompt_logprobs is not None:
+        told = writer.ranked(first.prompt_logprobs)
+        (made if is_chat else choices[0])["prompt_logprobs"] = told
+    return _response(line, 200, made)
+
+
+def _choice(
+    request: Asked, index: int, text: Output, model: Model, writer: LogprobWriter
+) -> dict[str, Any]:
+    body, reason = request.body, text.finish_reason
+    count = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs
+    tops = best(text.top_logprobs or (), count or 0)
+    choice: dict[str, Any] = {
+        "index": index,
+        "logprobs": None,
+        "finish_reason": reason,
+        "stop_reason": text.stop_reason,
+    }
+    if isinstance(body, ChatRequest):
+        reader = TextReader(request.plan)
+        choice["message"] = model.tools.message(collect(reader.read(text.text, last=True)))
+        choice["finish_reason"] = reader.finish_reason(reason)
+        if body.logprobs:
+            choice["logprobs"] = writer.chat(text.token_ids, text.logprobs, tops)
+    else:
+        choice["text"] = text.text
+        if body.logprobs is not None:
+            choice["logprobs"] = writer.completion(text.token_ids, text.logprobs, 0, tops)
+    return choice
 
 
 def refusal(line: Line, error: RequestError) -> dict[str, Any]:
     """The line of a request that the API would have answered with a 400."""
-    told = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
-    return _response(line, 400, {"error": told})
+    told = {"message": str(error), "param": error.param, "code": error.code}
+    return _response(line, 400, {"error": {**told, "type": "invalid_request_error"}})
 
 
 def malformed(own_id: str, error: BadLine) -> dict[str, Any]:
@@ -168,16 +248,3 @@ def _response(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": None,
     }
-
-
-def _plain(message: Any) -> Mapping[str, Any]:
-    """A message whose content is a string; parts of text are joined."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise RequestError('Every message needs a "role" and a "content".')
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise RequestError("Content that is not text is not supported.")
-    return {**message, "content": "\n".join(map(str, parts))}

@@ -1,19 +1,19 @@
 """A whole batch: lines in, the engine kept full, finished lines out."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from qoq.api.calling import blame_tools
+from qoq.api.logprobs import LogprobWriter
 from qoq.batch.lines import (
+    Asked,
     BadLine,
-    Line,
+    Model,
     answer,
+    asked,
     line_id,
     malformed,
-    params_of,
-    prompt_ids,
     read_line,
     refusal,
 )
@@ -22,9 +22,6 @@ from qoq.engine.engine import Engine
 from qoq.engine.feed import Job, keep_full
 from qoq.engine.request import Output
 from qoq.errors import RequestError, SourceError
-from qoq.tokenizer import Tokenizer
-
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass
@@ -42,32 +39,38 @@ class Tally:
         return asdict(self)
 
 
+@dataclass(eq=False)
+class _Open:
+    """A line whose texts are on their way."""
+
+    asked: Asked
+    outputs: dict[int, Output]
+    refused: bool = False
+
+
 def run_batch(
     engine: Engine,
-    tokenizer: Tokenizer,
     source: Path,
     results: Results,
     *,
-    model: str,
-    defaults: Mapping[str, Any],
+    model: Model,
     ahead: int,
-    context: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tally:
     """Answer every line of ``source`` that ``results`` does not have yet, then publish them.
 
-    model is the name in the answers; defaults are those of ``sampling_defaults``; ``ahead``
-    requests are in the engine at a time; context bounds a request in tokens; ``progress`` is told
-    lines done and lines in all. Raises SourceError for a source that cannot be read.
+    ``ahead`` texts are in the engine at a time; ``progress`` is told lines done and lines in all.
+    Raises SourceError for a source that cannot be read.
     """
     tally = Tally(total=sum(1 for _ in _lines(source)), resumed=results.resumed)
+    writer = LogprobWriter(model.tokenizer)
 
     def count() -> None:
         tally.done += 1
         progress(tally.done, tally.total)
 
-    def jobs() -> Iterator[Job[Line]]:
-        """The lines that can be run; the others are answered at once."""
+    def jobs() -> Iterator[Job[tuple[_Open, int]]]:
+        """The texts of lines that can be run; the others are answered at once."""
         seen: set[str] = set()
         for number, raw in _lines(source):
             own_id = line_id(number, raw)
@@ -85,40 +88,32 @@ def run_batch(
                 count()
                 continue
             try:
-                params = params_of(line, defaults, context)
-                ids = prompt_ids(line, tokenizer.encode, tokenizer.encode_chat)
+                one = _Open(asked(line, model), {})
             except RequestError as error:
                 results.write(refusal(line, error))
                 count()
                 continue
-            yield Job(line, ids, params)
+            for index, params in enumerate(one.asked.params):
+                yield Job((one, index), one.asked.prompt, params)
 
-    for line, result in keep_full(engine, jobs(), ahead=ahead):
-        if isinstance(result, Output):
-            results.write(answer(line, str(line.body.get("model") or model), result))
-            tally.prompt_tokens += len(result.prompt_token_ids)
-            tally.tokens += len(result.token_ids)
-        else:
-            results.write(refusal(line, result))
+    for (one, index), result in keep_full(engine, jobs(), ahead=ahead):
+        if isinstance(result, RequestError):
+            if not one.refused:  # what is said of one of its texts is said of all
+                results.write(refusal(one.asked.line, blame_tools(result, one.asked.plan)))
+                count()
+            one.refused = True
+            continue
+        one.outputs[index] = result
+        if len(one.outputs) < len(one.asked.params):
+            continue
+        outputs = [one.outputs[at] for at in range(len(one.outputs))]
+        results.write(answer(one.asked, outputs, model, writer))
+        tally.prompt_tokens += len(one.asked.prompt)
+        tally.tokens += sum(len(output.token_ids) for output in outputs)
         count()
     results.publish()
     tally.failed = results.failed
     return tally
-
-
-def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """What the model's generation_config.json says of sampling; {} where there is none.
-
-    Raises SourceError for a file that cannot be read.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {name: found[name] for name in _DEFAULTS if found.get(name) is not None}
-    except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(f"{file} is not a readable JSON object: {error}") from error
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:

@@ -52,7 +52,7 @@ def decode_rows(
         q = torch.randn(batch, config.num_heads, config.head_dim)
         runs = [_over_pages(config, kv, q, starts, batch, context) for kv in formats]
         for kv, seconds in zip(formats, in_turn(runs), strict=True):
-            least = roof.seconds(0, _kv_bytes(config, kv, batch * context))
+            least = roof.seconds(0, kv_bytes(config, kv, batch * context))
             yield row_of("attention", _name(config, context, kv_name(kv)), batch, seconds, least)
 
 
@@ -81,7 +81,7 @@ def prefill_rows(
             seen = chunk * (context - chunk) + chunk * (chunk + 1) // 2
             ops = 4 * config.num_heads * config.head_dim * seen
             for kv, seconds in zip([*formats, None], in_turn(runs), strict=True):
-                size = _kv_bytes(config, kv or COMPARED[-1], context)
+                size = kv_bytes(config, kv or COMPARED[-1], context)
                 name = _name(config, context, kv_name(kv) if kv else TORCH)
                 least = roof.seconds(ops, size)
                 yield row_of("attention_prefill", name, chunk, seconds, least)
@@ -112,12 +112,15 @@ def kv_name(kv: KVFormat) -> str:
     return "bf16" if kv.k_bits == kv.v_bits == 16 else str(kv)
 
 
-def random_pages(kv: KVFormat, num: int, kv_heads: int, dim: int) -> KVPages:
+def random_pages(
+    kv: KVFormat, num: int, kv_heads: int, dim: int, device: torch.device | str = "cpu"
+) -> KVPages:
     """Pages of PAGE_SIZE tokens with codes as a model might write them, or bf16 numbers.
 
     All alike, but each in memory of its own.
     """
-    pages = KVPages.empty(kv, num, kv_heads, PAGE_SIZE, dim, dtype=torch.bfloat16)
+    dtype = torch.bfloat16
+    pages = KVPages.empty(kv, num, kv_heads, PAGE_SIZE, dim, device=device, dtype=dtype)
     for codes in (pages.k_codes, pages.v_codes):
         # One page many times: drawing them all would take longer than the bench.
         floats = codes.dtype is torch.bfloat16
@@ -134,7 +137,7 @@ def _over_pages(
 ) -> Run:
     """A call of attention over pages that no cache holds: each call takes another layer's."""
     each = -(-context // PAGE_SIZE)
-    copies = int(-(-COLD_BYTES // _kv_bytes(config, kv, batch * context)))
+    copies = int(-(-COLD_BYTES // kv_bytes(config, kv, batch * context)))
     shape = (batch * each, config.num_kv_heads, config.head_dim)
     layers = itertools.cycle([random_pages(kv, *shape) for _ in range(copies)])
     table = torch.randperm(batch * each, dtype=torch.int32).reshape(batch, each)
@@ -161,7 +164,8 @@ def _torch_prefill(config: ModelConfig, chunk: int, context: int) -> Run:
     return min(ways, key=lambda way: min(timed(way, 2)))
 
 
-def _kv_bytes(config: ModelConfig, kv: KVFormat, tokens: int) -> float:
+def kv_bytes(config: ModelConfig, kv: KVFormat, tokens: int) -> float:
+    """Bytes of one layer's keys and values of so many tokens."""
     shape = (config.num_kv_heads, PAGE_SIZE, config.head_dim)
     return tokens * page_bytes(kv, *shape, float_bytes=FLOAT_BYTES) / PAGE_SIZE
 

@@ -1,8 +1,9 @@
 """Batch invariance, tried: the same requests in other company must give the same bits.
 
 Each request first runs alone, its prompt read in one piece, nothing cached. Then again in batches
-with random neighbours, cut into chunks, with a warm prefix cache, and thrown out and read again.
-Every token and every log-probability must be equal, to the bit.
+with random neighbours, cut into chunks, with a warm prefix cache, thrown out and read again, and
+with the next tokens guessed, rightly and wrongly. Every token and every log-probability must be
+equal, to the bit.
 """
 
 import random
@@ -19,6 +20,7 @@ from qoq.models.decoder import Decoder
 
 BATCHES = (2, 3, 8, 17, 64)
 CHUNKS = (2, 16, 33, 100, 257)
+GUESSES = 5
 LENGTHS = (1, 16, 37, 130, 300, 530)
 PAGE_SIZE = 16
 
@@ -35,14 +37,16 @@ class Asked:
 class Trial:
     """One way of running the requests: how many answers were compared, and how many differed.
 
-    cached_tokens and preemptions tell that the way was really taken.
+    cached_tokens, preemptions, draft_tokens and accepted_tokens tell that the way was really taken.
     """
 
     name: str
     comparisons: int
     mismatches: int
-    cached_tokens: int
-    preemptions: int
+    cached_tokens: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +99,7 @@ class Invariance:
         yield self._trial("warm prefix cache", self._warm())
         yield self._trial("thrown out at random", self._preempted())
         yield self._trial("cache too small", self._crowded())
+        yield self._trial("guesses, right and wrong", self._guessed())
 
     def _random_ids(self, count: int) -> list[int]:
         return [self._draw.randrange(self._decoder.config.vocab_size) for _ in range(count)]
@@ -103,7 +108,9 @@ class Invariance:
         self, asked: Sequence[Asked], num_pages: int | None = None, **options: Any
     ) -> Engine:
         need = sum(pages_for_tokens(len(a.prompt) + a.params.max_tokens, PAGE_SIZE) for a in asked)
-        pool = self._shape.pool(need if num_pages is None else num_pages)
+        pool = self._shape.pool(
+            need if num_pages is None else num_pages, self._decoder.embed.device
+        )
         options = {"max_requests": len(asked), "max_step_tokens": 1 << 20, **options}
         return Engine(self._decoder, pool, backend=self._backend, **options)
 
@@ -124,18 +131,21 @@ class Invariance:
     def _trial(self, name: str, done: tuple[list[Request], Engine]) -> Trial:
         """Compare the first requests of a run with the truth, in order."""
         requests, engine = done
+        stats = engine.stats()
         pairs = list(zip(requests, self._truth, strict=True))
         return Trial(
             name,
             len(pairs),
             sum(_differ(got, want) for got, want in pairs),
             sum(request.num_cached_prompt_tokens for request in requests),
-            engine.stats().preemptions,
+            stats.preemptions,
+            stats.draft_tokens,
+            stats.accepted_tokens,
         )
 
     def _batch(self, size: int) -> Trial:
         """Every request in a batch of ``size``, at a random place among random neighbours."""
-        trial = Trial(f"batches of {size}", 0, 0, 0, 0)
+        trial = Trial(f"batches of {size}", 0, 0)
         for first in range(0, len(self._asked), size):
             own = list(range(first, min(first + size, len(self._asked))))
             batch: list[tuple[int, Asked]] = [(i, self._asked[i]) for i in own]
@@ -190,6 +200,18 @@ class Invariance:
         least = pages_for_tokens(longest, PAGE_SIZE)
         pages = max(least, sum(prompts[:-1]) + len(prompts) - 2)
         return self._run(self._asked, self._engine(self._asked, pages))
+
+    def _guessed(self) -> tuple[list[Request], Engine]:
+        """All requests at once; what each is about to write is guessed, now and then wrongly."""
+        written = {request.seed: request.token_ids for request in self._truth}
+
+        def guess(request: Request, count: int) -> list[int]:
+            ids = written[request.seed][request.num_new :][: min(count, GUESSES)]
+            if ids and self._draw.random() < 0.5:
+                ids[self._draw.randrange(len(ids))] = self._random_ids(1)[0]
+            return ids
+
+        return self._run(self._asked, self._engine(self._asked, guess=guess))
 
 
 def _differ(got: Request, want: Request) -> bool:

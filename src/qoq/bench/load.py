@@ -16,20 +16,38 @@ from qoq.errors import RequestError, ServerError
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A request rate that grows from the first request to the last, in arrivals per second.
+
+    exponential: by the same factor from each to the next, else by the same amount.
+    """
+
+    start: float
+    end: float
+    exponential: bool = False
+
+    def rate(self, share: float) -> float:
+        """The rate after this share of the requests, 0 to 1."""
+        if self.exponential:
+            return float(self.start * (self.end / self.start) ** share)
+        return self.start + (self.end - self.start) * share
+
+
+@dataclass(frozen=True)
 class Load:
     """Whom to ask and how.
 
     path: the route; extra: fields of every request's body; request_rate: arrivals per second, inf
-    for all at once; burstiness: 1 is a Poisson process, less comes in bursts, more is steadier;
-    max_concurrency: requests in flight at most (None: any number); timeout: seconds of silence
-    after which a request counts as failed.
+    for all at once, or a rate that grows; burstiness: 1 is a Poisson process, less comes in bursts,
+    more is steadier; max_concurrency: requests in flight at most (None: any number); timeout:
+    seconds of silence after which a request counts as failed.
     """
 
     endpoint: Endpoint
     model: str
     path: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-    request_rate: float = math.inf
+    request_rate: float | Ramp = math.inf
     burstiness: float = 1.0
     max_concurrency: int | None = None
     timeout: float | None = None
@@ -62,17 +80,18 @@ class Sample:
         )
 
 
-def arrivals(count: int, request_rate: float, burstiness: float, seed: int) -> list[float]:
+def arrivals(count: int, request_rate: float | Ramp, burstiness: float, seed: int) -> list[float]:
     """Seconds after the start at which each request is due; the first at once."""
-    if not request_rate > 0 or not burstiness > 0:
+    ramp = request_rate if isinstance(request_rate, Ramp) else Ramp(request_rate, request_rate)
+    if not ramp.start > 0 or not ramp.end > 0 or not burstiness > 0:
         raise RequestError("--request-rate and --burstiness must be above 0.")
-    if math.isinf(request_rate):
+    if math.isinf(ramp.start) or math.isinf(ramp.end):
         return [0.0] * count
     draw = random.Random(seed)
     times, at = [], 0.0
-    for _ in range(count):
+    for i in range(count):
         times.append(at)
-        at += draw.gammavariate(burstiness, 1 / (request_rate * burstiness))
+        at += draw.gammavariate(burstiness, 1 / (ramp.rate(i / count) * burstiness))
     return times
 
 

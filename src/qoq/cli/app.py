@@ -13,9 +13,11 @@ from qoq.cli.bench_serve import serve as bench_serve
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
 from qoq.cli.complete import complete
+from qoq.cli.eval_lm import lm
 from qoq.cli.eval_ppl import ppl
 from qoq.cli.eval_table import render, table
 from qoq.cli.generate import generate
+from qoq.cli.gpu_check import gpu_check
 from qoq.cli.inspect import inspect
 from qoq.cli.qserve import export_qserve, import_qserve
 from qoq.cli.quantize import quantize
@@ -67,8 +69,9 @@ def root(
 
 
 app.command()(quantize)
-app.add_typer(evaluation, name="eval", help="Measure accuracy: perplexity, KL, top-1 agreement.")
+app.add_typer(evaluation, name="eval", help="Measure accuracy: perplexity, KL, benchmark tasks.")
 evaluation.command()(ppl)
+evaluation.command()(lm)
 evaluation.command()(table)
 evaluation.command()(render)
 app.add_typer(benches, name="bench", help="Measure speed: kernels, whole models, servers.")
@@ -88,3 +91,4 @@ app.command("run-batch")(run_batch)
 app.command("import-qserve")(import_qserve)
 app.command("export-qserve")(export_qserve)
 app.command("check-env")(check_env)
+app.command("gpu-check")(gpu_check)

@@ -1,11 +1,14 @@
 """``qoq bench``: kernels against the machine's roof, whole models in tokens per second."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qoq.cli.options import JSON, THREADS, use_threads
+from qoq.cli.options import DEVICE, JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
+
+if TYPE_CHECKING:
+    from qoq.kernels.device import Choice
 
 SHAPE = Annotated[
     str, typer.Option(help="Shapes of a real model, such as llama-3.2-1b or llama-3-8b.")
@@ -117,6 +120,7 @@ def throughput(
             "to torch in bf16. (The other half is the KV cache: w4a8-g128 has one of bf16.)"
         ),
     ] = None,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -130,8 +134,8 @@ def throughput(
         qoq bench throughput --prompt-len 256 --output-len 32 --batch 32 --ablate linear
 
     --json prints the best run: prefill_tok_s, decode_tok_s, output_tok_s, total_tok_s, batch,
-    prompt_len, output_len, seconds, kv_cache_bytes, and isa, threads, peak_rss_bytes, shape,
-    scheme, ablate, runs (every batch), command, commit, hardware.
+    prompt_len, output_len, seconds, kv_cache_bytes, and device, isa, threads (of the CPU kernels),
+    peak_rss_bytes, shape, scheme, ablate, runs (every batch), command, commit, hardware.
     """
     import torch
 
@@ -141,19 +145,26 @@ def throughput(
     from qoq.bench.throughput import Throughput, grow, peak_rss_bytes, run
     from qoq.errors import RequestError
     from qoq.formats.scheme import QuantScheme
+    from qoq.kernels.device import choose_device
 
     if ablate not in (None, "linear"):
         raise RequestError(f"--ablate takes linear, not {ablate!r}.")
     if prompt_len < 1 or output_len < 2 or (batch is not None and batch < 1):
         raise RequestError("prompt-len and batch must be 1 or more, output-len 2 or more.")
-    need_kernels()
+    where = choose_device(device)
+    on_cpu = where.device.type == "cpu"
+    if on_cpu:
+        need_kernels()
     use_threads(threads)
+    runs_on = what_runs(where)
     config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
     if not json:
         note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-    decoder = random_decoder(config, parsed, backend="oracle" if ablate else "auto")
+    backend = "oracle" if ablate else "auto"
+    decoder = random_decoder(config, parsed, backend=backend, device=where.device)
     if ablate:
-        torch.set_num_threads(what_runs()["threads"])
+        if on_cpu:
+            torch.set_num_threads(runs_on["threads"])
         decoder = dequantize_linears(decoder)
     with bar("generating", quiet=json) as progress:
 
@@ -167,6 +178,7 @@ def throughput(
                 batch=size,
                 prompt_len=prompt_len,
                 output_len=output_len,
+                warm_up=not on_cpu,
                 step=step,
             )
 
@@ -178,7 +190,7 @@ def throughput(
         "ablate": ablate,
         "layers": config.num_layers,
         **best.to_dict(),
-        **what_runs(),
+        **runs_on,
         "peak_rss_bytes": peak_rss_bytes(),
         "runs": [result.to_dict() for result in runs],
         **origin(),
@@ -187,7 +199,7 @@ def throughput(
         emit(facts)
         return
     without = f" without our {ablate}" if ablate else ""
-    print(f"{shape}, {parsed.name}{without}, {facts['isa']}, {facts['threads']} threads")
+    print(f"{shape}, {parsed.name}{without}, {machine(facts)}")
     print("batch   prefill    decode    output     total  (tokens a second)")
     for result in runs:
         print(
@@ -216,11 +228,19 @@ def numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def what_runs() -> dict[str, Any]:
-    """The instruction set and threads of the CPU kernels."""
+def what_runs(where: "Choice | None" = None) -> dict[str, Any]:
+    """The device (None: the CPU), and the instruction set and threads of kernels on the CPU."""
     from qoq.kernels.cpu.backend import backend
 
-    return {"isa": backend().isa, "threads": backend().threads}
+    if where is not None and where.device.type != "cpu":
+        return {"device": str(where), "isa": None, "threads": None}
+    return {"device": "cpu", "isa": backend().isa, "threads": backend().threads}
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """What ``what_runs`` says, for people."""
+    on_cpu = facts["isa"] is not None
+    return f"{facts['isa']}, {facts['threads']} threads" if on_cpu else str(facts["device"])
 
 
 def origin() -> dict[str, Any]:

@@ -1,20 +1,21 @@
 """``qoq bench serve``: load on a running OpenAI-compatible server, and how it bears it."""
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qoq.cli.bench_serve_report import show, title
 from qoq.cli.options import API_KEY, BASE_URL, JSON
-from qoq.cli.terminal import bar, emit, note, verb
+from qoq.cli.terminal import as_json, bar, emit, verb
 
 if TYPE_CHECKING:
+    from qoq.bench.load import Ramp
     from qoq.bench.prompts import Ask
     from qoq.tokenizer import Tokenizer
 
-RANDOM, SHARED, CUSTOM = "Random dataset", "Shared prefixes", "JSONL dataset"
-METRIC_ROWS = ("ttft", "tpot", "itl", "e2el")
+RANDOM, SHARED, FILES = "Random dataset", "Shared prefixes", "Datasets in files"
+RAMP = "A growing rate"
 
 
 @verb()
@@ -29,7 +30,7 @@ def serve(
     ] = "openai",
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder whose tokenizer counts random texts. Default: words count."),
+        typer.Option(help="Folder whose tokenizer measures prompts. Default: words count."),
     ] = None,
     num_prompts: Annotated[int, typer.Option(help="Requests in all.")] = 100,
     request_rate: Annotated[
@@ -41,18 +42,42 @@ def serve(
     max_concurrency: Annotated[
         int | None, typer.Option(help="Requests in flight at most; others wait here.")
     ] = None,
+    ramp_up_strategy: Annotated[
+        str | None,
+        typer.Option(help="linear or exponential, in place of one rate.", rich_help_panel=RAMP),
+    ] = None,
+    ramp_up_start_rps: Annotated[
+        float | None, typer.Option(help="Arrivals per second at first.", rich_help_panel=RAMP)
+    ] = None,
+    ramp_up_end_rps: Annotated[
+        float | None, typer.Option(help="Arrivals per second at last.", rich_help_panel=RAMP)
+    ] = None,
     dataset_name: Annotated[
-        str, typer.Option(help="random, prefix_repetition or custom (a JSONL file).")
+        str,
+        typer.Option(
+            "--dataset-name",
+            "--dataset",
+            help="random, prefix_repetition, sharegpt or custom (files).",
+        ),
     ] = "random",
     dataset_path: Annotated[
         Path | None,
-        typer.Option(help="JSONL with prompt or messages per line.", rich_help_panel=CUSTOM),
+        typer.Option(
+            help="sharegpt: its JSON file. custom: JSONL with prompt or messages per line.",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     custom_output_len: Annotated[
         int | None,
         typer.Option(
             help="New tokens each. Default: the line's output_tokens, or 256.",
-            rich_help_panel=CUSTOM,
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    sharegpt_output_len: Annotated[
+        int | None,
+        typer.Option(
+            help="New tokens each. Default: as many as the recorded answer.", rich_help_panel=FILES
         ),
     ] = None,
     random_input_len: Annotated[
@@ -110,6 +135,8 @@ def serve(
 
         qoq bench serve --max-concurrency 32 --dataset-name prefix_repetition --picture out.svg
 
+        qoq bench serve --dataset-name sharegpt --dataset-path sharegpt.json --request-rate inf
+
     --json prints: the settings, duration, completed, failed, failures (by kind), total tokens,
     request_throughput, request_goodput, output_throughput, total_token_throughput, and for ttft,
     tpot, itl and e2el mean, median, std and p99 in ms; command, commit, hardware (of this client).
@@ -132,14 +159,15 @@ def serve(
         raise RequestError("--num-prompts and --max-concurrency must be 1 or more.")
     goals = parse_goals([*(goodput or ()), *(more or ())])
     percentiles = numbers(metric_percentiles, "--metric-percentiles")
-    arrivals(1, request_rate, burstiness, seed)  # refuse before any work
+    rate = _rate(request_rate, ramp_up_strategy, ramp_up_start_rps, ramp_up_end_rps)
+    arrivals(1, rate, burstiness, seed)  # refuse before any work
     asks = _asks(
         dataset_name,
         num_prompts,
         seed,
         _tokenizer(tokenizer),
         path=dataset_path,
-        output_len=custom_output_len,
+        lengths={"custom": custom_output_len, "sharegpt": sharegpt_output_len},
         alone={
             "input_len": random_input_len,
             "output_len": random_output_len,
@@ -160,7 +188,7 @@ def serve(
         model or first_model(endpoint),
         paths[backend],
         {**extra, "ignore_eos": True} if ignore_eos else extra,
-        request_rate,
+        rate,
         burstiness,
         max_concurrency,
         timeout,
@@ -177,6 +205,7 @@ def serve(
         "dataset_name": dataset_name,
         "num_prompts": num_prompts,
         "request_rate": "inf" if request_rate == float("inf") else request_rate,
+        **_ramp_facts(rate),
         "burstiness": burstiness,
         "max_concurrency": max_concurrency,
         "seed": seed,
@@ -185,15 +214,15 @@ def serve(
         **origin(),
     }
     if save_result is not None:
-        save_result.write_text(jsonlib.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_result.write_text(as_json(facts) + "\n", encoding="utf-8")
     if picture is not None:
         from qoq.bench.serving_picture import picture as draw
 
-        draw(samples, _title(facts), picture)
+        draw(samples, title(facts), picture)
     if json:
         emit(facts)
     else:
-        _show(facts, percentiles)
+        show(facts, percentiles)
     if not facts["completed"]:
         raise ServerError(f"Every request failed. {samples[0].message}", "all_failed")
 
@@ -204,6 +233,35 @@ def _tokenizer(folder: str | None) -> "Tokenizer | None":
     return None if folder is None else Tokenizer.load(folder)
 
 
+def _rate(
+    request_rate: float, strategy: str | None, start: float | None, end: float | None
+) -> "float | Ramp":
+    """One rate, or one that grows."""
+    from qoq.bench.load import Ramp
+    from qoq.errors import RequestError
+
+    if strategy is None and start is None and end is None:
+        return request_rate
+    if strategy not in ("linear", "exponential") or start is None or end is None:
+        raise RequestError(
+            "A growing rate needs --ramp-up-strategy linear or exponential, --ramp-up-start-rps "
+            "and --ramp-up-end-rps."
+        )
+    if request_rate != float("inf"):
+        raise RequestError("Give either --request-rate or --ramp-up-strategy, not both.")
+    return Ramp(start, end, strategy == "exponential")
+
+
+def _ramp_facts(rate: "float | Ramp") -> dict[str, Any]:
+    if isinstance(rate, float):
+        return {}
+    return {
+        "ramp_up_strategy": "exponential" if rate.exponential else "linear",
+        "ramp_up_start_rps": rate.start,
+        "ramp_up_end_rps": rate.end,
+    }
+
+
 def _asks(
     name: str,
     count: int,
@@ -211,56 +269,26 @@ def _asks(
     tokenizer: "Tokenizer | None",
     *,
     path: Path | None,
-    output_len: int | None,
+    lengths: dict[str, int | None],
     alone: dict[str, Any],
     shared: dict[str, Any],
 ) -> "list[Ask]":
-    """The requests of the data set called ``name``."""
+    """The requests of the data set called ``name``; ``lengths``: new tokens by data set."""
     from qoq.bench.prompts import Writer, file_asks, prefix_asks, random_asks
+    from qoq.bench.sharegpt import sharegpt_asks
     from qoq.errors import RequestError
 
-    if name == "custom" or (name == "random" and path is not None):
-        if path is None:
-            raise RequestError("--dataset-name custom needs --dataset-path FILE.jsonl.")
-        return file_asks(path, count, output_len)
+    if name in lengths and path is None:
+        raise RequestError(f"--dataset-name {name} needs --dataset-path FILE.")
+    if name == "sharegpt" and path is not None:
+        return sharegpt_asks(path, count, seed, tokenizer, output_len=lengths[name])
+    if path is not None and name in ("custom", "random"):
+        return file_asks(path, count, lengths["custom"])
     writer = Writer(seed, tokenizer)
     if name == "random":
         return random_asks(writer, count, **alone)
     if name in ("prefix_repetition", "prefix-repetition"):
         return prefix_asks(writer, count, **shared)
-    raise RequestError(f"--dataset-name must be random, prefix_repetition or custom, not {name!r}.")
-
-
-def _title(facts: dict[str, Any]) -> str:
-    held = facts["max_concurrency"]
-    pace = f"{facts['request_rate']} requests/s" if held is None else f"{held} at a time"
-    return (
-        f"{facts['model']}: {facts['completed']} requests, {pace}, "
-        f"{facts['output_throughput']:.1f} output tokens/s"
+    raise RequestError(
+        f"--dataset-name must be random, prefix_repetition, sharegpt or custom, not {name!r}."
     )
-
-
-def _show(facts: dict[str, Any], percentiles: list[int]) -> None:
-    print(f"{facts['model']} at {facts['base_url']}, {facts['dataset_name']}")
-    print(f"requests              {facts['completed']} completed, {facts['failed']} failed")
-    for kind, count in facts["failures"].items():
-        print(f"  {kind:19} {count}")
-    print(f"duration              {facts['duration']:.2f} s")
-    print(
-        f"tokens                {facts['total_input_tokens']} in, "
-        f"{facts['total_output_tokens']} out"
-    )
-    print(f"requests/s            {facts['request_throughput']:.2f}")
-    if "request_goodput" in facts:
-        print(f"good requests/s       {facts['request_goodput']:.2f}")
-    print(f"output tokens/s       {facts['output_throughput']:.1f}")
-    print(f"total tokens/s        {facts['total_token_throughput']:.1f}")
-    print(f"most at once          {facts['max_concurrent_requests']}")
-    columns = ["mean", "median", *(f"p{p}" for p in percentiles)]
-    print("ms        " + "".join(f"{name:>11}" for name in columns))
-    for metric in METRIC_ROWS:
-        cells = [facts[f"{name}_{metric}_ms"] for name in columns]
-        shown = ("-" if cell is None else f"{cell:.2f}" for cell in cells)
-        print(f"{metric.upper():10}" + "".join(f"{cell:>11}" for cell in shown))
-    if facts["request_rate"] != "inf" and facts["max_late_ms"] > 100:
-        note(f"Some requests left {facts['max_late_ms']:.0f} ms late: held back, or a slow client.")

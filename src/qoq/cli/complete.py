@@ -7,6 +7,7 @@ import typer
 
 from qoq.cli.options import (
     API_KEY,
+    DEVICE,
     JSON,
     MAX_TOKENS,
     MAYBE_MODEL,
@@ -15,6 +16,7 @@ from qoq.cli.options import (
     MAYBE_TOP_P,
     SAMPLING_SEED,
     SERVER,
+    SPECULATIVE,
 )
 from qoq.cli.speaker import Choices, Speaker, speaker
 from qoq.cli.talk import say, typed
@@ -38,6 +40,8 @@ def complete(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
+    speculative_config: SPECULATIVE = None,
+    device: DEVICE = "auto",
     json: JSON = False,
 ) -> None:
     """Continue texts, each line on its own, by a model or a server.
@@ -57,7 +61,7 @@ def complete(
     if json and prompt is None:
         raise RequestError("--json continues one text: add --prompt TEXT.")
     choices = Choices(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    who = speaker(model, base_url, api_key, choices, quiet=json)
+    who = speaker(model, base_url, api_key, choices, speculative_config, device=device, quiet=json)
     if prompt is None:
         _converse(who)
         return

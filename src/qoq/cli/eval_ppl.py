@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qoq.cli.options import CALIBRATION, JSON, SEED, THREADS, use_threads
+from qoq.cli.options import CALIBRATION, DEVICE, JSON, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def ppl(
         int, typer.Option(help="Tokens per calibration sample (with --scheme).")
     ] = 1024,
     seed: SEED = 0,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -80,6 +81,7 @@ def ppl(
     from qoq.evaluate.perplexity import evaluate
     from qoq.evaluate.simulate import Calibrated, parse_simulation, simulate
     from qoq.evaluate.texts import windows as cut
+    from qoq.kernels.device import choose_device
     from qoq.models.load import load_model
     from qoq.tokenizer import Tokenizer
 
@@ -92,14 +94,15 @@ def ppl(
     tokenizer = Tokenizer.load(folder)
     length = seq_len or default_seq_len(folder)
     parts = cut(found, tokenizer, length, windows)
-    beside = load_model(other) if other else None
+    where = str(choose_device(device).device)
+    beside = load_model(other, device=where) if other else None
     if simulation:
         name, recipe = simulation
         with bar(f"quantizing to {scheme}", quiet=json) as steps:
             calibrated = Calibrated(calibration, samples, calibration_seq_len, seed)
-            loaded = simulate(folder, name, recipe, calibrated, steps=steps)
+            loaded = simulate(folder, name, recipe, calibrated, device=where, steps=steps)
     else:
-        loaded = load_model(folder)
+        loaded = load_model(folder, device=where)
     with bar(f"judging on {found.name}", quiet=json) as update:
         result = evaluate(loaded, parts, beside, progress=update)
     answer: dict[str, Any] = {

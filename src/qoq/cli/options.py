@@ -1,6 +1,7 @@
 """Options that several verbs share, so that they are spelt and explained once."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,13 @@ ANY_MODEL = Annotated[
 THREADS = Annotated[
     int | None,
     typer.Option(help="Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."),
+]
+DEVICE = Annotated[
+    str,
+    typer.Option(
+        help="Where it runs: cpu, cuda, cuda:N or auto (a GPU that our kernels run on, if there is "
+        "one)."
+    ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, no more.")]
 CALIBRATION = Annotated[
@@ -65,6 +73,26 @@ MAYBE_TOP_P = Annotated[
 ]
 MAYBE_TOP_K = Annotated[
     int | None, typer.Option(help=f"Choose among the k likeliest tokens.{_DEFAULT}0 (all).")
+]
+
+
+def mapping(value: str | dict[str, Any]) -> dict[str, Any]:
+    """A JSON object from the command line; from a YAML file it is one already."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise typer.BadParameter(f"{value!r} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{value!r} is no JSON object.")
+    return found
+
+
+SPECULATIVE_HELP = (
+    "Guess tokens from what stands in the prompt and the text; no answer changes, repetitive ones "
+    'come sooner: {"method": "ngram", "num_speculative_tokens": 4}.'
+)
+SPECULATIVE = Annotated[
+    dict[str, Any] | None, typer.Option(parser=mapping, metavar="JSON", help=SPECULATIVE_HELP)
 ]
 
 

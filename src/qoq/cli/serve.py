@@ -3,11 +3,11 @@
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, mapping
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -103,6 +103,36 @@ def serve(
     chat_template_timeout: Annotated[
         float, typer.Option(help="Seconds one rendering may take.", rich_help_panel=_ENGINE)
     ] = 5.0,
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=mapping, metavar="JSON", help=SPECULATIVE_HELP, rich_help_panel=_ENGINE
+        ),
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--trust-request-chat-template",
+            help="Let requests bring chat templates of their own.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes calls of tools: hermes, llama3_json, mistral, or auto, as "
+            "its chat template shows.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    enable_auto_tool_choice: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
+            hidden=True,  # its two names would squeeze the table; the text above has it
+        ),
+    ] = None,
     engine_step_timeout: Annotated[
         float,
         typer.Option(
@@ -111,8 +141,19 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = 600.0,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, cuda:N or auto: a GPU that our kernels run on, if there is one.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="No CUDA graphs.", rich_help_panel=_ENGINE),
+    ] = False,
     backend: Annotated[
-        str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
+        str, typer.Option(help="auto, cpu, gpu or oracle.", rich_help_panel=_ENGINE)
     ] = "auto",
     shutdown_timeout: Annotated[
         float,
@@ -180,7 +221,8 @@ def serve(
 
     Option names are vLLM's; dashes and underscores are the same, and options that take several
     values take them in a row. What prompts begin with alike is computed once, unless
-    --no-enable-prefix-caching is given.
+    --no-enable-prefix-caching is given. Where it is known how a model writes calls of tools, it may
+    decide by itself to call them, unless --no-enable-auto-tool-choice is given.
 
     Examples:
 
@@ -188,6 +230,7 @@ def serve(
 
         qoq serve OUT --served-model-name books --api-key secret --shutdown-timeout 30
     """
+    from qoq.engine.speculative import SpeculativeConfig
     from qoq.server.app import create_app
     from qoq.server.model import EngineOptions, load_served_model
     from qoq.server.report import announce
@@ -202,6 +245,7 @@ def serve(
         request_timeout=request_timeout,
         body_timeout=body_timeout,
         template_timeout=chat_template_timeout,
+        trust_request_chat_template=trust_request_chat_template,
         step_timeout=engine_step_timeout,
         shutdown_timeout=shutdown_timeout,
         root_path=root_path,
@@ -220,6 +264,11 @@ def serve(
         generation_config=generation_config,
         seed=seed,
         chat_template=_template(chat_template),
+        speculative=SpeculativeConfig.of(speculative_config),
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
+        device=device,
+        enforce_eager=enforce_eager,
         backend=backend,
     )
     transport = Transport(

@@ -1,6 +1,6 @@
 """Who answers in the terminal: a model loaded here, or a server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,13 +49,20 @@ def speaker(
     base_url: str | None,
     api_key: str | None,
     choices: Choices,
+    speculative: Mapping[str, Any] | None = None,
     *,
+    device: str = "auto",
     quiet: bool = False,
 ) -> Speaker:
-    """The server at ``base_url`` (``model`` is then a name it knows), or ``model`` loaded here."""
+    """The server at ``base_url`` (``model`` is then a name it knows), or ``model`` loaded here.
+
+    speculative: how a model that is loaded here guesses tokens; device: where that runs.
+    """
     from qoq.errors import RequestError
 
     if base_url is not None:
+        if speculative is not None:
+            raise RequestError("--speculative-config is for a model loaded here, not for a server.")
         from qoq.client.api import Endpoint, first_model
 
         endpoint = Endpoint(base_url, api_key)
@@ -69,7 +76,7 @@ def speaker(
     from qoq.llm import LLM
 
     params = SamplingParams(**choices.given())  # bad values are refused before a model is loaded
-    return Local(LLM(model), params)
+    return Local(LLM(model, speculative_config=speculative, device=device), params)
 
 
 class Remote:

@@ -70,8 +70,13 @@ def note(text: str) -> None:
 
 
 def emit(value: dict[str, Any]) -> None:
-    """The one JSON object of --json; numbers without bounds become null."""
-    print(json.dumps(_finite(value), indent=2, allow_nan=False), flush=True)
+    """The one JSON object of --json."""
+    print(as_json(value), flush=True)
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """A result for people and programs; numbers without bounds become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -38,8 +38,8 @@ def timeouts(seconds: float | None) -> httpx2.Timeout:
     return httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
 
 
-def first_model(endpoint: Endpoint) -> str:
-    """The first name that /v1/models lists. Raises ServerError."""
+def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """What /v1/models lists: ``id``, and whatever else the server says. Raises ServerError."""
     try:
         answer = httpx2.get(
             endpoint.url("/v1/models"), headers=endpoint.headers, timeout=timeouts(30)
@@ -49,11 +49,18 @@ def first_model(endpoint: Endpoint) -> str:
     if answer.status_code != 200:
         raise _refused(endpoint, answer.status_code, answer.text)
     try:
-        return str(answer.json()["data"][0]["id"])
+        cards = answer.json()["data"]
+        return [{**card, "id": str(card["id"])} for card in cards]
     except (ValueError, LookupError, TypeError) as error:
-        raise ServerError(
-            f"{endpoint.base_url} lists no models; name one with --model.", "bad_answer"
-        ) from error
+        raise _no_models(endpoint) from error
+
+
+def first_model(endpoint: Endpoint) -> str:
+    """The first name that /v1/models lists. Raises ServerError."""
+    cards = model_cards(endpoint)
+    if not cards:
+        raise _no_models(endpoint)
+    return str(cards[0]["id"])
 
 
 def stream(
@@ -131,6 +138,10 @@ class _Reader:
         raise ServerError(
             "The server closed the connection in the middle of an answer.", "broken_stream"
         )
+
+
+def _no_models(endpoint: Endpoint) -> ServerError:
+    return ServerError(f"{endpoint.base_url} lists no models; name one with --model.", "bad_answer")
 
 
 def _is_error(first: bytes) -> bool:

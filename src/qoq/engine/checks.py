@@ -69,8 +69,9 @@ def check_rules(params: Any) -> None:
         isinstance(word, str) and word.strip() for word in params.bad_words
     )
     require(words, params, "bad_words", "a list of strings, none of them empty")
-    shown = isinstance(params.skip_special_tokens, bool)
-    require(shown, params, "skip_special_tokens", "True or False")
+    for name in ("skip_special_tokens", "include_stop_str_in_output"):
+        require(isinstance(getattr(params, name), bool), params, name, "True or False")
+    require(is_ids(params.shown_special_ids), params, "shown_special_ids", "a list of token ids")
     structure = params.structured_outputs
     good = structure is None or isinstance(structure, StructuredOutputsParams)
     require(good, params, "structured_outputs", "None or StructuredOutputsParams")

@@ -9,24 +9,24 @@ cached prefixes or on being thrown out and read again (docs/numerics.md).
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import count
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-from qoq.engine.logprobs import forward
+from qoq.engine.logprobs import forward, unscored
+from qoq.engine.plan import Chunk
 from qoq.engine.request import Request, SamplingParams, Update
 from qoq.engine.rows import Rows
 from qoq.engine.sampler import Sampler
-from qoq.engine.scheduler import Scheduler
+from qoq.engine.scheduler import Guess, Scheduler
 from qoq.engine.stats import EngineStats
 from qoq.engine.structured import Grammars
 from qoq.errors import RequestError
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.decoder import Decoder
+from qoq.models.graphs import DecodeGraphs, Progress, recorder
 from qoq.tokenizer import Tokenizer
-
-_SEEDS = 2**63
 
 
 class Engine:
@@ -47,6 +47,8 @@ class Engine:
         max_step_tokens: int = 2048,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        guess: Guess | None = None,
+        enforce_eager: bool = False,
         backend: str = "auto",
     ) -> None:
         """max_requests run at a time; a step reads max_step_tokens tokens, prompts' and new ones
@@ -54,8 +56,10 @@ class Engine:
 
         ``eos_ids`` end a text; max_model_len bounds prompt and new tokens together (None: the
         model's context); with enable_prefix_caching a prompt that begins like an earlier one is not
-        computed anew; ``backend`` is passed on to every op of the decoder, whose weights must have
-        been loaded for it.
+        computed anew; ``guess(request, count)`` gives ids, ``count`` at most, that may follow a
+        request's own: right or wrong, they change no token (see ``speculative``); on a GPU, decode
+        steps are recorded and replayed unless enforce_eager (see ``graphs``); ``backend`` is passed
+        on to every op of the decoder, whose weights must have been loaded for it.
         """
         context = decoder.config.max_positions
         if max_model_len is not None and not 2 <= max_model_len <= context:
@@ -75,14 +79,24 @@ class Engine:
         self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
         self._rows = Rows(max_requests, most_pages, pool.page_size, device)
+        record = None if enforce_eager else recorder(device)
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            self._graphs = DecodeGraphs(
+                lambda batch: decoder(batch, pool.layers, backend=backend),
+                max_requests,
+                most_pages,
+                device,
+                record,
+            )
         self._scheduler = Scheduler(
             pool.num_pages,
             pool.page_size,
             max_requests=max_requests,
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            guess=guess,
         )
-        self._salts = count()
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
@@ -114,89 +128,6 @@ class Engine:
         Lower ``priority`` is served first. Prompts share cached prefixes only with prompts of the
         same ``cache_salt``.
         """
-        return self._add(
-            prompt_ids, params, priority, cache_salt if self.enable_prefix_caching else ""
-        )
-
-    def add_samples(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        n: int,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> list[Request]:
-        """``n`` requests for one prompt: its full pages are computed once and shared by all, also
-        where prefix caching is off.
-
-        A given seed is that of the first; each of the others has the next one.
-        """
-        if n < 1:
-            raise RequestError(f"n must be 1 or more, not {n}.")
-        if not self.enable_prefix_caching:
-            cache_salt = f"{next(self._salts)}" if n > 1 else ""
-        seed = params.seed
-        each = [
-            params if seed is None else replace(params, seed=(seed + i) % _SEEDS) for i in range(n)
-        ]
-        return [self._add(prompt_ids, own, priority, cache_salt) for own in each]
-
-    def abort(self, request: Request) -> None:
-        """End a request now and free its pages; a finished one is left alone."""
-        if request.finish_reason is None:
-            request.finish_reason = "abort"
-            self._end(request, time.monotonic())
-
-    def preempt(self, request: Request) -> None:
-        """Throw out a running request, as if the cache were full: it is read again later."""
-        if request.row >= 0:
-            self._scheduler.preempt(request)
-
-    @torch.inference_mode()
-    def step(self) -> list[Update]:
-        """One batch through the model: the next token of every request whose prompt is read."""
-        plan = self._scheduler.plan()
-        self._step_tokens = 0
-        if not plan.chunks:
-            return []
-        now = time.monotonic()
-        for request in plan.admitted:
-            request.admitted_at = request.admitted_at or now  # not anew after a preemption
-        self._rows.follow(plan)
-        batch = self._rows.batch(plan.chunks)
-        self._step_tokens = batch.num_tokens
-        ready = [at for at, chunk in enumerate(plan.chunks) if chunk.stop == len(chunk.request.ids)]
-        rows = batch.last_rows[ready]
-        logits = forward(self._decoder, batch, self._pool, rows, plan.chunks, backend=self._backend)
-        self._scheduler.advance(plan.chunks)
-        requests = [plan.chunks[at].request for at in ready]
-        updates = self._sampler.choose(requests, logits, self._rows.sampling(requests))
-        self._steps += 1
-        self._settle(updates)
-        return updates
-
-    def stats(self) -> EngineStats:
-        """What runs, waits and has been done until now."""
-        scheduler = self._scheduler
-        return EngineStats(
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            kv_pages_used=scheduler.pages.num_used,
-            kv_pages_total=scheduler.pages.num_pages,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-            preemptions=scheduler.preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            steps=self._steps,
-            step_tokens=self._step_tokens,
-            finished=dict(self._finished),
-        )
-
-    def _add(
-        self, prompt_ids: Sequence[int], params: SamplingParams, priority: int, cache_salt: str
-    ) -> Request:
         length = check_length(prompt_ids, params, self.max_model_len)
         vocab = self._decoder.config.vocab_size
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
@@ -222,6 +153,81 @@ class Engine:
         self._scheduler.add(request)
         return request
 
+    def abort(self, request: Request) -> None:
+        """End a request now and free its pages; a finished one is left alone."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self._end(request, time.monotonic())
+
+    def preempt(self, request: Request) -> None:
+        """Throw out a running request, as if the cache were full: it is read again later."""
+        if request.row >= 0:
+            self._scheduler.preempt(request)
+
+    @torch.inference_mode()
+    def record(self, progress: Progress = lambda done, total: None) -> None:
+        """Record all sizes of decode steps now, so that none waits for it later; on a GPU alone."""
+        if self._graphs is not None:
+            with _on(self._device):
+                self._graphs.record_all(progress)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """One batch through the model: the next token of every request whose prompt is read, and
+        as many more as were guessed right.
+        """
+        with _on(self._device):
+            return self._one_step()
+
+    def _one_step(self) -> list[Update]:
+        plan = self._scheduler.plan()
+        self._step_tokens = 0
+        if not plan.chunks:
+            return []
+        now = time.monotonic()
+        for request in plan.admitted:
+            request.admitted_at = request.admitted_at or now  # not anew after a preemption
+        self._rows.follow(plan)
+        self._step_tokens = sum(chunk.num_rows for chunk in plan.chunks)
+        ending, rows = self._rows.next_rows(plan.chunks)
+        logits = self._logits(plan.chunks, rows)
+        updates = self._sampler.choose(ending, logits, self._rows.sampling(ending))
+        self._scheduler.advance(plan.chunks)
+        self._steps += 1
+        self._settle(updates)
+        return updates
+
+    def stats(self) -> EngineStats:
+        """What runs, waits and has been done until now."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_pages_used=scheduler.pages.num_used,
+            kv_pages_total=scheduler.pages.num_pages,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            draft_tokens=scheduler.draft_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+            finished=dict(self._finished),
+        )
+
+    def _logits(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> Tensor:
+        """fp32 [len(rows), V] at these rows of the chunks' batch."""
+        decoding = len(chunks) == len(rows) == self._step_tokens
+        if self._graphs is not None and decoding and not any(unscored(c.request) for c in chunks):
+            shape = self._graphs.shape(len(chunks), self._rows.pages(chunks))
+            if shape is not None:
+                logits = self._graphs.run(shape, lambda batch: self._rows.fill(batch, chunks))
+                return logits[: len(rows)]
+        batch = self._rows.batch(chunks)
+        return forward(self._decoder, batch, self._pool, rows, chunks, backend=self._backend)
+
     def _settle(self, updates: Sequence[Update]) -> None:
         """Count the new tokens, and let those requests go that have ended."""
         now = time.monotonic()
@@ -230,7 +236,7 @@ class Engine:
             if request.first_token_time is None:
                 request.first_token_time = now
                 self._prompt_tokens += len(request.prompt_ids)
-            self._generation_tokens += update.token_id is not None
+            self._generation_tokens += len(update.token_ids)
             if request.finish_reason is not None:
                 self._end(request, now)
 
@@ -239,6 +245,11 @@ class Engine:
         request.finish_time = now
         self._finished[str(request.finish_reason)] += 1
         self._scheduler.release(request)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a GPU is the calling thread's current one, where kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int) -> int:

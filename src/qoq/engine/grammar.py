@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from qoq.engine import structural_tag
 from qoq.errors import RequestError
 
 MAX_SPEC_BYTES = 256 << 10
@@ -67,6 +68,11 @@ class Compiler:
         self._tokenizer = self._guidance.LLTokenizer(
             vocabulary.state, n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_ids) or None
         )
+        added = json.loads(vocabulary.state)["added_tokens"]
+        special = [token for token in added if self._tokenizer.is_special_token(token["id"])]
+        self._special = {token["content"]: token["id"] for token in special}
+        # What llguidance takes for special by its looks, and the tokenizer for text (<think>).
+        self._free = [token["id"] for token in special if not token["special"]]
 
     def compile(self, kind: str, text: str) -> Any:
         """An LLMatcher at its beginning, for ``StructuredOutputsParams.spec``'s kind and text.
@@ -80,7 +86,7 @@ class Compiler:
                 "compiled. Make it smaller."
             )
         try:
-            grammar = _grammar(kind, text, self._guidance)
+            grammar = self._grammar(kind, text)
         except Exception as error:  # its converters raise what they like
             raise RequestError(_complaint(kind, str(error))) from error
         limits = self._guidance.LLParserLimits(**LIMITS, verbose_errors=False)
@@ -91,6 +97,17 @@ class Compiler:
         if trial.is_error():
             raise RequestError(_complaint(kind, trial.get_error()))
         return matcher
+
+    def _grammar(self, kind: str, text: str) -> str:
+        """A structure in llguidance's own notation."""
+        if kind == "structural_tag":
+            return structural_tag.lark(json.loads(text), self._special, self._free, _WHITESPACE)
+        if kind in ("json", "json_object"):
+            rules = {"whitespace_pattern": _WHITESPACE}
+            return str(self._guidance.LLMatcher.grammar_from_json_schema(text, overrides=rules))
+        if kind == "choice":
+            text = "|".join(f"({_escaped(choice)})" for choice in json.loads(text))
+        return str(self._guidance.grammar_from("grammar" if kind == "grammar" else "regex", text))
 
 
 def first_line(text: str) -> str:
@@ -108,16 +125,6 @@ def _llguidance() -> Any:
             "`pip install llguidance`."
         ) from error
     return llguidance
-
-
-def _grammar(kind: str, text: str, guidance: Any) -> str:
-    """A structure in llguidance's own notation."""
-    if kind in ("json", "json_object"):
-        rules = {"whitespace_pattern": _WHITESPACE}
-        return str(guidance.LLMatcher.grammar_from_json_schema(text, overrides=rules))
-    if kind == "choice":
-        text = "|".join(f"({_escaped(choice)})" for choice in json.loads(text))
-    return str(guidance.grammar_from("grammar" if kind == "grammar" else "regex", text))
 
 
 def _escaped(text: str) -> str:

@@ -40,7 +40,8 @@ class SamplingParams:
     logprobs: also give the log-probabilities of so many likeliest tokens at each place (0: of the
     chosen one with its rank only; None: none of this); prompt_logprobs: the same at each place of
     the prompt, which then is read in full, no cached prefix used.
-    n: texts wanted (see ``engine.choices``). skip_special_tokens: leave them out of the text.
+    n: texts wanted (see ``engine.choices``). skip_special_tokens: leave them out of the text, all
+    but shown_special_ids. include_stop_str_in_output: the text ends with what stopped it.
     """
 
     max_tokens: int = 128
@@ -64,6 +65,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         require(is_int(self.max_tokens) and self.max_tokens >= 1, self, "max_tokens", "1 or more")
@@ -90,17 +93,20 @@ class SamplingParams:
     def shapes_logits(self) -> bool:
         """Whether anything but temperature and cuts decides which token is drawn."""
         return (
-            self.penalizes
+            self.follows_text
             or self.min_tokens > 0
             or bool(self.logit_bias)
             or self.allowed_token_ids is not None
-            or len(self.bad_words) > 0
-            or self.structured_outputs is not None
         )
+
+    @cached_property
+    def follows_text(self) -> bool:
+        """Whether a rule on logits hangs on the tokens that are there already."""
+        return self.penalizes or len(self.bad_words) > 0 or self.structured_outputs is not None
 
     @property
     def penalizes(self) -> bool:
-        """Whether what is there already changes what comes next."""
+        """Whether what is there already makes its tokens more or less likely."""
         return self.repetition_penalty != 1 or any((self.presence_penalty, self.frequency_penalty))
 
 
@@ -145,16 +151,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step gave one request; ``text`` may be "" while a character is incomplete.
+    """What one step gave one request: new ids, and the text they made certain ("" while a character
+    is incomplete). Logprobs are the request's last, as many as there are ids.
 
-    token_id is None where the request ended by an error of its own instead of with a token.
+    Several ids where guesses were right; none where the request ended by an error of its own.
     """
 
     request: "Request"
-    token_id: int | None
+    token_ids: tuple[int, ...]
     text: str
-    logprob: float | None = None
-    top_logprobs: dict[int, Logprob] | None = None
 
 
 class Request:
@@ -208,9 +213,13 @@ class Request:
         self.end_ids = frozenset({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)})
         self._detokenizer = None
         if tokenizer is not None:
-            skip = params.skip_special_tokens
-            self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special=skip)
-        self._matcher = StopMatcher(params.stop_strings)
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                prompt_ids,
+                skip_special=params.skip_special_tokens,
+                shown=params.shown_special_ids,
+            )
+        self._matcher = StopMatcher(params.stop_strings, include=params.include_stop_str_in_output)
         # The scheduler's: where it stands in line, its place among those that run (-1: none), its
         # pages, how much of it they hold, and the names of its full pages.
         self.cache_salt = cache_salt
@@ -231,6 +240,11 @@ class Request:
         """How many new ids there are; the counter that sampling's randomness hangs on."""
         return len(self.ids) - len(self.prompt_ids)
 
+    @property
+    def guessable(self) -> bool:
+        """Whether tokens after the next can be drawn before it is known, given their logits."""
+        return not self.params.follows_text and self.num_new >= self.params.min_tokens
+
     def accept(
         self,
         token_id: int,
@@ -238,8 +252,9 @@ class Request:
         top_logprobs: dict[int, Logprob] | None = None,
         *,
         last: bool = False,
-    ) -> Update:
-        """Take the next id; sets ``finish_reason`` when the text ends with it.
+    ) -> str:
+        """Take the next id and return the text it makes certain; sets ``finish_reason`` when the
+        text ends with it.
 
         ``last``: the structure that was asked for is complete with it.
         """
@@ -248,10 +263,12 @@ class Request:
         if top_logprobs is not None:
             self.top_logprobs.append(top_logprobs)
         piece = ""
-        if token_id in self.end_ids:
-            self.finish_reason = "stop"  # and the id that says so is not part of the text
+        ends = token_id in self.end_ids
+        if ends:
+            self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
-        elif self._detokenizer is not None:
+        in_text = not ends or self.params.include_stop_str_in_output
+        if in_text and self._detokenizer is not None:
             piece = self._detokenizer.push(token_id)
             if self.num_new > self.params.min_tokens:
                 piece = self._matcher.push(piece)
@@ -264,16 +281,18 @@ class Request:
         if self._matcher.matched:
             self.finish_reason, self.stop_reason = "stop", self._matcher.found
         self.text += piece
-        return Update(self, token_id, piece, logprob, top_logprobs)
+        return piece
 
-    def fail(self, message: str) -> Update:
-        """End by an error that is this request's alone; ``message`` says what happened."""
+    def fail(self, message: str) -> str:
+        """End by an error that is this request's alone and return what text was held back;
+        ``message`` says what happened.
+        """
         self.finish_reason, self.error = "abort", message
         piece = ""
         if self._detokenizer is not None:
             piece = self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
         self.text += piece
-        return Update(self, None, piece)
+        return piece
 
     def output(self) -> Output:
         """The answer; a request that was not finished counts as aborted."""

@@ -1,12 +1,13 @@
 """Sampler: a step's logits to one token for each request, and what is told about it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qoq.engine.logits import LogitsRules
 from qoq.engine.logprobs import describe, log_sums, token_logprobs
+from qoq.engine.plan import Chunk
 from qoq.engine.request import Logprob, Request, Update
 from qoq.errors import RequestError
 from qoq.kernels.sample import SampleOutput, SamplingBatch, sample
@@ -31,31 +32,37 @@ class Sampler:
         self.rules.admit(request, device)
 
     def choose(
-        self, requests: Sequence[Request], logits: Tensor, wanted: SamplingBatch | None = None
+        self, chunks: Sequence[Chunk], logits: Tensor, wanted: SamplingBatch
     ) -> list[Update]:
-        """Draw a token for each request from its row of logits fp32 [S, V] and hand it over.
+        """Draw what comes after each chunk, and hand it to the chunk's request.
 
-        ``wanted``: their parameters, if there is a batch of them. The logits are overwritten. The
-        randomness hangs on (seed, new tokens so far) alone.
+        logits fp32 [S, V]: ``num_next`` rows for each chunk, after its last id and after each of
+        its guesses; they are overwritten. ``wanted``: the parameters of these S rows.
+
+        A token is a pure function of its logits, the request's seed and how many tokens came before
+        it, so all rows are drawn at once and each guess is kept that turns out to be drawn: the
+        text, greedy or sampled, is to the bit the one that comes without guesses.
         """
-        shaped = [at for at, r in enumerate(requests) if r.params.shapes_logits]
-        told = [at for at, r in enumerate(requests) if r.params.logprobs is not None]
+        owners = [chunk.request for chunk in chunks for _ in range(chunk.num_next)]
+        shaped = [at for at, r in enumerate(owners) if r.params.shapes_logits]
+        told = [at for at, r in enumerate(owners) if r.params.logprobs is not None]
         looked = sorted({*shaped, *told})
         raw = logits[looked] if looked else None
         if shaped:
-            self.rules.apply(logits, shaped, [requests[at] for at in shaped])
-        if wanted is None:
-            wanted = sampling_batch(requests, [r.num_new for r in requests], logits)
+            self.rules.apply(logits, shaped, [owners[at] for at in shaped])
         tokens = sample(logits, wanted)
-        ids, logprobs = tokens.ids.tolist(), tokens.logprobs.tolist()
+        # One copy from a GPU, not two; fp64 holds both.
+        told_ids, logprobs = torch.stack((tokens.ids.double(), tokens.logprobs.double())).tolist()
+        ids = [int(i) for i in told_ids]
         details: dict[int, dict[int, Logprob]] = {}
         if raw is not None:
-            details = self._look(requests, raw, looked, tokens, logprobs)
-        failed = {at: self.rules.error(requests[at]) for at in shaped}
-        return [
-            self._hand_over(request, ids[at], logprobs[at], details.get(at), failed.get(at))
-            for at, request in enumerate(requests)
-        ]
+            details = self._look(owners, raw, looked, tokens, logprobs)
+        updates = []
+        row = 0
+        for chunk in chunks:
+            updates.append(self._hand_over(chunk, row, ids, logprobs, details))
+            row += chunk.num_next
+        return updates
 
     def _look(
         self,
@@ -85,32 +92,21 @@ class Sampler:
 
     def _hand_over(
         self,
-        request: Request,
-        token_id: int,
-        logprob: float,
-        top: dict[int, Logprob] | None,
-        failed: str | None,
+        chunk: Chunk,
+        row: int,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        details: Mapping[int, dict[int, Logprob]],
     ) -> Update:
+        """Give a request the token of its first ``row``, and the next one for each right guess."""
+        request = chunk.request
+        failed = self.rules.error(request) if request.params.shapes_logits else None
         if failed is not None:
-            return request.fail(failed)
-        last = self.rules.advance(request, token_id)
-        return request.accept(token_id, logprob, top, last=last)
-
-
-def sampling_batch(
-    requests: Sequence[Request], steps: Sequence[int], logits: Tensor
-) -> SamplingBatch:
-    """The parameters of ``sample``, a row per request; ``steps``: the index of each row's token."""
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
-
-    params = [request.params for request in requests]
-    return SamplingBatch(
-        temperature=column([p.temperature for p in params], torch.float32),
-        top_k=column([p.top_k for p in params], torch.int64),
-        top_p=column([p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p for p in params], torch.float32),
-        seeds=column([r.seed for r in requests], torch.int64),
-        step=column(steps, torch.int64),
-    )
+            return Update(request, (), request.fail(failed))
+        text = ""
+        for at, guess in enumerate((*chunk.guessed, None), row):
+            last = self.rules.advance(request, ids[at])
+            text += request.accept(ids[at], logprobs[at], details.get(at), last=last)
+            if ids[at] != guess or request.finish_reason is not None:
+                break
+        return Update(request, tuple(ids[row : at + 1]), text)

@@ -4,46 +4,34 @@ Requests stand in line by (priority, arrival), lower first. One that is let in g
 among those that run) and pages for the tokens it has; it gets another page when it has filled
 them. When there is none left, the last in line of those that run is thrown out: it keeps its
 tokens, goes back to its place in line and is read again later (preemption by recompute).
+
+Guessed ids get what is left once all this is settled: rows that no prompt wants, and pages beyond
+the next one of each that runs. Neither now nor in the next step is anybody thrown out for them.
 """
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import NamedTuple
 
 from qoq.engine.line import Line
+from qoq.engine.plan import Chunk, Plan, cut
 from qoq.engine.request import Request
 from qoq.kvcache.allocator import PageAllocator
 from qoq.kvcache.prefix import extend_keys, root_key
 
 LOOKS = 16  # requests that a step may look at in line and leave there (see _admit)
 
-
-class Chunk(NamedTuple):
-    """One request's part of a step: its ids start..stop-1 are read."""
-
-    request: Request
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step: ``chunks``, those of one token first; ``admitted`` requests have new rows and pages,
-    ``grown`` ones have more pages than before.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)
-    grown: list[Request] = field(default_factory=list)
+# At most so many ids that may follow a request's own.
+Guess = Callable[[Request, int], Sequence[int]]
 
 
 class Scheduler:
-    """plan() a step, run it, then advance() what was read and release() what has ended.
+    """plan() a step, run it, give its requests their new ids, then advance() what was read and
+    release() what has ended.
 
     ``preemptions``, ``prefix_queries`` and ``prefix_hits`` (tokens looked for and found in the
-    prefix cache when requests were first let in) only grow.
+    prefix cache when requests were first let in), ``draft_tokens`` and ``accepted_tokens`` (ids
+    guessed, and new ids that came of them) only grow.
     """
 
     def __init__(
@@ -54,17 +42,21 @@ class Scheduler:
         max_requests: int,
         max_step_tokens: int,
         enable_prefix_caching: bool = True,
+        guess: Guess | None = None,
     ) -> None:
         """max_requests run at a time, a step reads max_step_tokens tokens, or a few more where that
-        is not even one for each request.
+        is not even one for each request. ``guess`` is asked for ids behind those that generate.
         """
         self.pages = PageAllocator(num_pages)
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
         self._page_size = page_size
         self._budget = max(max_step_tokens, max_requests + 1)
         self._caching = enable_prefix_caching
+        self._guess = guess
         self._rows = list(range(max_requests - 1, -1, -1))  # free rows, a stack
         self._running: list[Request] = []  # in order
         self._line = Line()
@@ -94,14 +86,24 @@ class Scheduler:
         grown = self._grow()
         admitted = self._admit()
         # Whoever is let in may have thrown out others of lower priority.
-        return Plan(self._chunks(), admitted, [request for request in grown if request.row >= 0])
+        grown = [request for request in grown if request.row >= 0]
+        chunks = cut(self._running, self._budget)
+        if self._guess is not None:
+            chunks = self._add_guesses(chunks, self._guess, grown)
+        return Plan(chunks, admitted, grown)
 
     def advance(self, chunks: Sequence[Chunk]) -> None:
-        """Note that these chunks are in the cache; pages that became full can be found from now."""
+        """Note that these chunks are in the cache, of their guesses those that became new ids.
+
+        Pages that became full can be found from now; those of wrong guesses alone are given back.
+        """
         for chunk in chunks:
-            request, full = chunk.request, chunk.stop // self._page_size
+            request = chunk.request
             request.num_cached = chunk.stop
-            if full > request.num_named and self._names(request):
+            if chunk.guessed:
+                self._keep_right(chunk)
+            full = request.num_cached // self._page_size
+            if full > request.num_named and self._caching:
                 self._name(request, full)
 
     def release(self, request: Request) -> None:
@@ -168,10 +170,13 @@ class Scheduler:
         """A row, and pages for what it has while all that run and still grow can get one more."""
         if not self._rows:
             return False
-        size = self._page_size
-        spare = sum(r.max_length - 1 > len(r.pages) * size for r in self._running)
         new = self._pages_for(request) - len(cached) + self.pages.num_unused(cached)
-        return new + spare <= self.pages.num_free
+        return new + self._num_growing() <= self.pages.num_free
+
+    def _num_growing(self, but: Request | None = None) -> int:
+        """How many of those that run may still need another page, ``but`` left out."""
+        size = self._page_size
+        return sum(r.max_length - 1 > len(r.pages) * size for r in self._running if r is not but)
 
     def _make_room(self, request: Request, cached: Sequence[int]) -> bool:
         """Throw out requests of lower priority, the last in line first, until there is room."""
@@ -194,14 +199,14 @@ class Scheduler:
             self._reading.setdefault(key, request)
         if request.num_preemptions == 0:
             request.num_cached_prompt_tokens = request.num_cached
-            self.prefix_queries += len(request.ids) if self._names(request) else 0
+            self.prefix_queries += len(request.ids) if self._caching else 0
             self.prefix_hits += request.num_cached
 
     def _find(self, request: Request) -> list[int]:
         """Cached pages of a request's first tokens; its last token is always read anew, because
         its logits are wanted.
         """
-        if not self._names(request):
+        if not self._caching:
             return []
         size, ids = self._page_size, request.ids
         extend_keys(request.keys, root_key(request.cache_salt), ids, size, len(ids))
@@ -210,7 +215,7 @@ class Scheduler:
         return self.pages.find(request.keys[: (len(ids) - 1) // size])
 
     def _is_read_by_another(self, request: Request, num_found: int) -> bool:
-        if num_found >= (len(request.ids) - 1) // self._page_size or not self._names(request):
+        if num_found >= (len(request.ids) - 1) // self._page_size or not self._caching:
             return False
         reader = self._reading.get(request.keys[num_found])
         return reader is not None and reader.priority <= request.priority
@@ -226,47 +231,59 @@ class Scheduler:
                 del self._reading[key]
         request.num_named = full
 
-    def _names(self, request: Request) -> bool:
-        """Whether this request's pages are named: all, or those of requests that share a salt."""
-        return self._caching or request.cache_salt != ""
+    def _add_guesses(
+        self, chunks: Sequence[Chunk], guess: Guess, grown: list[Request]
+    ) -> list[Chunk]:
+        """The chunks with guessed ids behind them, where the step's budget and pages allow; adds to
+        ``grown`` whoever gets a page for them.
+        """
+        left = self._budget - sum(chunk.stop - chunk.start for chunk in chunks)
+        out = []
+        for chunk in chunks:
+            request = chunk.request
+            # The last new token is never read, so it need not be guessed.
+            count = min(left, request.max_length - len(request.ids) - 1)
+            if count > 0 and chunk.reaches_end and request.guessable:
+                guessed = guess(request, count)
+                guessed = guessed[: self._slots_for(request, len(guessed), grown)]
+                left -= len(guessed)
+                chunk = chunk._replace(guessed=guessed)
+            out.append(chunk)
+        return out
+
+    def _slots_for(self, request: Request, count: int, grown: list[Request]) -> int:
+        """How many of ``count`` ids behind a request's own have slots, and one for the new id
+        that follows them: where all are right, the next step needs no page for it.
+
+        Pages are taken for them as long as all others that run can get their next one.
+        """
+        new = len(request.ids) + 1
+        wanted = min(new + count, request.max_length - 1)  # the last id of all needs no slot
+        missing = -(-wanted // self._page_size) - len(request.pages)
+        if missing > 0:
+            spare = self.pages.num_free - self._num_growing(but=request)
+            request.pages += self.pages.allocate(max(0, min(missing, spare)))
+            grown.append(request)
+        held = len(request.pages) * self._page_size
+        return count if held >= wanted else max(0, held - new)
+
+    def _keep_right(self, chunk: Chunk) -> None:
+        """Of a chunk's guesses, keep in the cache those that became new ids.
+
+        The newest id is in no slot yet: either no guess was there, or a wrong one, or the text has
+        ended with it.
+        """
+        request = chunk.request
+        request.num_cached = len(request.ids) - 1
+        self.draft_tokens += len(chunk.guessed)
+        self.accepted_tokens += request.num_cached - chunk.stop
+        needed = -(-request.num_cached // self._page_size)
+        self.pages.free(request.pages[needed:])
+        del request.pages[needed:]
 
     def _pages_for(self, request: Request) -> int:
         return -(-len(request.ids) // self._page_size)
 
-    def _chunks(self) -> list[Chunk]:
-        """The next token of all that generate, and prompts while the step's budget lasts.
-
-        The first prompt in line gets half the budget, and what no other wants; the others share the
-        rest, the shortest first. So a long prompt neither holds up short ones nor waits for them.
-        """
-        chunks, prompts = [], []
-        for request in self._running:
-            length = len(request.ids)
-            if length - request.num_cached == 1:
-                chunks.append(Chunk(request, length - 1, length))
-            else:
-                prompts.append(request)
-        if not prompts:
-            return chunks
-        left = self._budget - len(chunks)
-        first, *others = prompts
-        taken = {first.row: min(_unread(first), -(-left // 2))}
-        left -= taken[first.row]
-        for request in sorted(others, key=_unread):
-            taken[request.row] = min(_unread(request), left)
-            left -= taken[request.row]
-        taken[first.row] += min(_unread(first) - taken[first.row], left)
-        chunks += [
-            Chunk(request, request.num_cached, request.num_cached + taken[request.row])
-            for request in prompts
-            if taken[request.row]
-        ]
-        return chunks
-
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
-
-
-def _unread(request: Request) -> int:
-    return len(request.ids) - request.num_cached

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from qoq.engine import structural_tag
 from qoq.errors import RequestError
 
-Kind = Literal["json", "regex", "choice", "grammar", "json_object"]
+Kind = Literal["json", "regex", "choice", "grammar", "json_object", "structural_tag"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class StructuredOutputsParams:
     choice: the text is one of these strings.
     grammar: an EBNF grammar, in GBNF (rule ``root``) or Lark notation (rule ``start``).
     json_object: any JSON object.
+    structural_tag: free text with tagged JSON in it (see ``engine.structural_tag``), as text or as
+    a mapping.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -26,6 +29,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
@@ -42,7 +46,11 @@ class StructuredOutputsParams:
         if self.json_object:
             return "json_object", '{"type":"object"}'
         if self.json is not None and self.json is not False:
-            return "json", _schema_text(self.json)
+            return "json", _json_text(self.json, "json")
+        if self.structural_tag is not None:
+            text = _json_text(self.structural_tag, "structural_tag")
+            structural_tag.check(json.loads(text))
+            return "structural_tag", text
         if self.choice is not None:
             choice = self.choice
             strings = isinstance(choice, Sequence) and not isinstance(choice, str)
@@ -56,15 +64,16 @@ class StructuredOutputsParams:
         return name, text
 
 
-def _schema_text(schema: str | Mapping[str, Any] | bool) -> str:
-    """A schema as JSON text in one spelling; RequestError where it is none."""
+def _json_text(given: str | Mapping[str, Any] | bool, name: str) -> str:
+    """A schema (or the like) as JSON text in one spelling; RequestError where it is none."""
+    what = "a JSON schema, an object (or true)" if name == "json" else "a JSON object"
     try:
-        value = json.loads(schema) if isinstance(schema, str) else schema
+        value = json.loads(given) if isinstance(given, str) else given
         # The order of keys stays: it is the order in which properties are written.
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"json must be a JSON schema; this is no JSON ({error}).") from error
+        raise RequestError(f"{name} must be {what}; this is no JSON ({error}).") from error
     if not isinstance(value, Mapping | bool):
-        raise RequestError("json must be a JSON schema, that is an object (or true).")
+        raise RequestError(f"{name} must be {what}.")
     return text

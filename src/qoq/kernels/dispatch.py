@@ -22,7 +22,8 @@ BACKENDS = ("auto", "oracle", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Twin:
-    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives.
+    """A fast implementation of an op: ``backend`` is its name, ``module`` where it lives; for other
+    types of device than ``device`` (None: it says so itself) it is not even imported.
 
     The module offers a function named like the op, with the oracle's signature, and
     ``unsupported(device, **what) -> str | None``: why it cannot run this call, or None if it can.
@@ -30,6 +31,7 @@ class Twin:
 
     backend: str
     module: str
+    device: str | None = None
 
 
 _STEM = {"rms_norm_quant": "act_quant", "silu_mul_quant": "act_quant"}
@@ -45,7 +47,11 @@ _OPS = (
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {
-    op: (Twin("cpu", f"qoq.kernels.cpu.{_STEM.get(op, op)}"),) for op in _OPS
+    op: tuple(
+        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", device)
+        for backend, device in (("cpu", "cpu"), ("gpu", "cuda"))
+    )
+    for op in _OPS
 }
 
 
@@ -119,6 +125,8 @@ def _load(
     twin: Twin, device: torch.device, what: dict[str, Any]
 ) -> tuple[ModuleType, None] | tuple[None, str]:
     """The twin's module if it can run this call, else the reason it cannot."""
+    if twin.device not in (None, device.type):
+        return None, f"it runs on {twin.device} devices only"
     try:
         module = importlib.import_module(twin.module)
     except (ImportError, OSError) as error:

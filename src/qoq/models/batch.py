@@ -12,6 +12,37 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a batch's tensors: ``tokens`` rows, ``sequences``, ``pages`` in each's table."""
+
+    tokens: int
+    sequences: int
+    pages: int
+
+    def flat(self, device: torch.device | str = "cpu", *, pinned: bool = False) -> Tensor:
+        """Uninitialised memory int32 [n] for all tensors of such a batch together."""
+        count = sum(self._words)
+        return torch.empty(count, dtype=torch.int32, device=device, pin_memory=pinned)
+
+    def views(self, flat: Tensor) -> "Batch":
+        """The batch whose tensors lie in ``flat`` one after the other."""
+        ids, positions, slots, table, kv_lens, ends = flat.split(self._words)
+        return Batch(
+            ids.view(torch.int64),
+            positions.view(torch.int64),
+            slots.view(torch.int64),
+            table.view(self.sequences, self.pages),
+            kv_lens,
+            ends,
+        )
+
+    @property
+    def _words(self) -> list[int]:
+        tokens, sequences = 2 * self.tokens, self.sequences
+        return [tokens, tokens, tokens, sequences * self.pages, sequences, sequences + 1]
+
+
+@dataclass(frozen=True)
 class Batch:
     """T tokens of S sequences, ragged: prefill chunks and decode rows in one list.
 
@@ -37,14 +68,6 @@ class Batch:
     def num_pages(self) -> int:
         """Pages a pool must have for this batch: its highest page id + 1."""
         return int(self.page_table.max()) + 1 if self.page_table.numel() else 0
-
-    @property
-    def last_rows(self) -> Tensor:
-        """int64 [S]: the last row of each sequence, whose logits say the next token.
-
-        Meaningless for sequences without rows.
-        """
-        return self.cu_seqlens_q[1:].to(torch.int64) - 1
 
     @classmethod
     def build(
@@ -87,15 +110,43 @@ class Batch:
         ids int64 [T]; starts, counts int64 [S]; table int32 [S, max_pages], whose pages must hold
         every token (not checked). No loop in Python, whatever T and S are.
         """
-        ends = np.zeros(len(counts) + 1, dtype=np.int32)
-        np.cumsum(counts, out=ends[1:])
-        positions = np.arange(len(ids)) + np.repeat(starts - ends[:-1], counts)
-        page, offset = np.divmod(positions, page_size)
-        slots = table[np.repeat(np.arange(len(counts)), counts), page] * np.int64(page_size)
-        slots += offset
-        kv_lens = (starts + counts).astype(np.int32)
-        arrays = (ids, positions, slots, table, kv_lens, ends)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+        shape = BatchShape(len(ids), len(counts), table.shape[1])
+        where = torch.device(device)
+        # In one piece, so that one copy brings it to a GPU; pinned, so that nobody waits for it.
+        flat = shape.flat(pinned=where.type == "cuda")
+        batch = shape.views(flat)
+        batch.fill(ids, starts, counts, table, page_size)
+        return batch if where.type == "cpu" else shape.views(flat.to(where, non_blocking=True))
+
+    def fill(
+        self, ids: Ints, starts: Ints, counts: Ints, table: NDArray[np.int32], page_size: int
+    ) -> None:
+        """Overwrite a batch in CPU memory; what it has beyond these tokens, sequences and pages
+        becomes padding: rows of no sequence, sequences without rows (see ``ragged``).
+        """
+        tokens, sequences, pages = len(ids), len(counts), table.shape[1]
+        ends = self.cu_seqlens_q.numpy()
+        ends[0] = 0
+        np.cumsum(counts, out=ends[1 : sequences + 1])
+        ends[sequences + 1 :] = tokens
+        positions = self.positions.numpy()
+        positions[:tokens] = np.arange(tokens)
+        positions[:tokens] += np.repeat(starts - ends[:sequences], counts)
+        positions[tokens:] = 0
+        page, offset = np.divmod(positions[:tokens], page_size)
+        slots = self.slots.numpy()
+        slots[:tokens] = table[np.repeat(np.arange(sequences), counts), page]
+        slots[:tokens] *= page_size
+        slots[:tokens] += offset
+        slots[tokens:] = -1
+        own_ids, own_table, kv_lens = (
+            tensor.numpy() for tensor in (self.input_ids, self.page_table, self.kv_lens)
+        )
+        own_ids[:tokens], own_ids[tokens:] = ids, 0
+        own_table[:sequences, :pages] = table
+        own_table[:sequences, pages:] = 0
+        own_table[sequences:] = 0
+        kv_lens[:sequences], kv_lens[sequences:] = starts + counts, 0
 
     @classmethod
     def prefill(

@@ -254,8 +254,10 @@ def build_decoder(
     A tied 16-bit head is the embedding itself, shared and not copied. Packed weights are laid out
     for ``backend`` one by one, so the model is never in memory twice.
     """
-    rotation = hadamard_matrix(config.head_dim).to(torch.float32) if k_rotation else None
     embed = get(EMBED)
+    rotation = None
+    if k_rotation:
+        rotation = hadamard_matrix(config.head_dim).to(embed.device, torch.float32)
     if config.tie_word_embeddings and scheme.lm_head.bits == 16:
         embed = embed.to(torch.float32)
         head = Linear(embed, None, 16)

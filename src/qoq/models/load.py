@@ -12,6 +12,7 @@ from qoq.formats.scheme import FLOAT_SCHEME, KVFormat, QuantScheme
 from qoq.models.anatomy import EMBED, LM_HEAD, layer_prefix, packed_tensors, source_tensors
 from qoq.models.config import ModelConfig
 from qoq.models.decoder import Decoder, build_decoder
+from qoq.models.layers import Get
 
 # Tensors that old conversions carry along and nothing reads: RoPE tables, which we compute.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias", ".self_attn.rotary_emb.cos")
@@ -26,24 +27,34 @@ class LoadedModel:
     decoder: Decoder
     path: Path
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and its batches and pages must be."""
+        return self.decoder.embed.device
+
 
 def load_model(
-    path: str | Path, *, kv: KVFormat | None = None, backend: str = "auto"
+    path: str | Path,
+    *,
+    kv: KVFormat | None = None,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load a packed checkpoint or a full-precision model, told apart by ``config.json``.
 
     ``path`` is a folder or a hub id. ``kv`` replaces the scheme's KV format (full-precision models
-    have a 16-bit one); packed weights are laid out for ``backend``. Raises SourceError,
-    CheckpointError, UnsupportedModelError or BackendUnavailable.
+    have a 16-bit one); packed weights are laid out for ``backend`` on ``device``. Raises
+    SourceError, CheckpointError, UnsupportedModelError or BackendUnavailable.
     """
     folder = resolve_source(path)
     if is_packed(folder):
-        return _load_packed(folder, kv, backend)
+        return _load_packed(folder, kv, backend, device)
     source = HFSource(folder)
     config = ModelConfig.from_hf(source.config)
     check_source(config, source)
     scheme = FLOAT_SCHEME if kv is None else FLOAT_SCHEME.with_kv(kv)
-    return LoadedModel(config, scheme, build_decoder(config, scheme, source.get), folder)
+    decoder = build_decoder(config, scheme, _onto(device, source.get))
+    return LoadedModel(config, scheme, decoder, folder)
 
 
 def is_packed(folder: Path) -> bool:
@@ -92,7 +103,9 @@ def check_source(config: ModelConfig, source: HFSource) -> None:
             )
 
 
-def _load_packed(folder: Path, kv: KVFormat | None, backend: str) -> LoadedModel:
+def _load_packed(
+    folder: Path, kv: KVFormat | None, backend: str, device: torch.device | str
+) -> LoadedModel:
     checkpoint = PackedCheckpoint.open(folder)
     # Our checkpoints always store the head, whatever the source did.
     config = replace(ModelConfig.from_hf(checkpoint.raw_config), tie_word_embeddings=False)
@@ -101,8 +114,12 @@ def _load_packed(folder: Path, kv: KVFormat | None, backend: str) -> LoadedModel
     checkpoint.verify(packed_tensors(config, checkpoint.scheme, k_center))
     scheme = checkpoint.scheme if kv is None else checkpoint.scheme.with_kv(kv)
     k_rotation = checkpoint.manifest.get("k_rotation") == "hadamard"
-    decoder = build_decoder(
-        config, scheme, checkpoint.get, k_rotation, names=names, backend=backend
-    )
+    get = _onto(device, checkpoint.get)
+    decoder = build_decoder(config, scheme, get, k_rotation, names=names, backend=backend)
     checkpoint.close()
     return LoadedModel(config, scheme, decoder, folder)
+
+
+def _onto(device: torch.device | str, get: Get) -> Get:
+    """``get``, its tensors brought to the device one by one."""
+    return lambda name: get(name).to(device)

@@ -6,6 +6,7 @@ Llama-3.1's frequency bands, YaRN), evaluated per token, so that a row never dep
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def yarn_attention_scale(
     return scale(1.0)
 
 
+@lru_cache(maxsize=16)  # every pass asks, and a GPU would have to be handed them anew
 def inverse_frequencies(config: RopeConfig, device: torch.device | str = "cpu") -> Tensor:
     """fp32 [head_dim/2] radians per position, inside the trained context for ``dynamic``."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim

@@ -7,11 +7,11 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from qoq import __version__
+from qoq.api.logprobs import LogprobWriter
 from qoq.server import chat, completions, models, page, responses, tokenize
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.context import Context
 from qoq.server.errors import add_handlers
-from qoq.server.logprobs import LogprobWriter
 from qoq.server.metrics import ServerMetrics
 from qoq.server.middleware import ApiKeys, BodyLimits, RequestIds
 from qoq.server.model import ServedModel
@@ -93,9 +93,11 @@ def _context(model: ServedModel, settings: ServerSettings) -> Context:
     prompts = Prompts(
         model.tokenizer,
         model.template,
+        model.tool_template,
         max_model_len=model.max_model_len,
         vocab_size=model.config.vocab_size,
         template_timeout=settings.template_timeout,
+        trust_templates=settings.trust_request_chat_template,
     )
     structures = Structures(model.engine)
     return Context(model, settings, engine, prompts, structures, LogprobWriter(model.tokenizer))

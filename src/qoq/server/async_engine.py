@@ -90,8 +90,10 @@ class AsyncEngine:
         self._thread.start()
         self._watch = self._loop.create_task(self._bury())
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> Generation:
-        """Put the prompts of one HTTP request in line, all or none.
+    def submit(
+        self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], *, priority: int = 0
+    ) -> Generation:
+        """Put the prompts of one HTTP request in line, all or none; lower ``priority`` goes first.
 
         Raises APIError 503 where the engine is dead, drains or its queue is full, and 400 for more
         prompts than could ever be taken at once. What the engine has against a prompt is told by
@@ -106,7 +108,9 @@ class AsyncEngine:
         if len(self._open) + len(prompts) > self._max_open:
             self.metrics.rejected("queue_full", len(prompts))
             raise queue_full()
-        generation = Generation(prompts, give_up=self._give_up, time_limit=self._time_limit)
+        generation = Generation(
+            prompts, give_up=self._give_up, time_limit=self._time_limit, priority=priority
+        )
         self._open.update(generation.tickets)
         self._idle.clear()
         self._post(*[self._adding(ticket) for ticket in generation.tickets])
@@ -257,7 +261,9 @@ class AsyncEngine:
         def add() -> None:
             refusal = None
             try:
-                ticket.request = self._engine.add(ticket.prompt_ids, ticket.params)
+                ticket.request = self._engine.add(
+                    ticket.prompt_ids, ticket.params, priority=ticket.priority
+                )
                 self._tickets[id(ticket.request)] = ticket
             except RequestError as error:
                 refusal = error
@@ -307,6 +313,7 @@ def _delta(ticket: Ticket, text: str, now: float) -> Delta:
         likeliest=tuple(request.top_logprobs[start:]),
         prompt=() if start else tuple(request.prompt_logprobs),
         finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
         cached_tokens=request.num_cached_prompt_tokens,
         admitted_at=request.admitted_at,
         at=now,

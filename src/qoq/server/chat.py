@@ -8,15 +8,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from qoq.api.calling import ToolCalling, blame_tools
+from qoq.api.checks import check_chat
+from qoq.api.forms import requested_form
+from qoq.api.logprobs import best
+from qoq.api.protocol import ChatRequest
+from qoq.api.sampling import Ends, sampling_params
+from qoq.errors import RequestError
 from qoq.server.context import Context, Texts, note, request_id, respond
-from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
-from qoq.server.logprobs import best
-from qoq.server.protocol import ChatRequest
-from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, event
 from qoq.server.tally import Tally
-from qoq.server.unsupported import refuse_unsupported
+from qoq.tools.calls import collect
+from qoq.tools.reader import TextReader
+from qoq.tools.request import ToolPlan
 
 
 def routes(context: Context) -> APIRouter:
@@ -27,7 +32,10 @@ def routes(context: Context) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, through the model's chat template."""
         job = await _Job.make(context, body, request)
-        return await respond(context, request, job, stream=body.stream)
+        try:
+            return await respond(context, request, job, stream=body.stream)
+        except RequestError as error:
+            raise blame_tools(error, job.plan) from error
 
     return router
 
@@ -41,6 +49,7 @@ class _Job:
     request: Request
     name: str
     prompt: list[int]
+    plan: ToolPlan
     texts: Texts
     id: str
     created: int
@@ -49,21 +58,25 @@ class _Job:
     async def make(cls, context: Context, body: ChatRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
         name = context.check_model(body.model)
-        check_logprobs(body.top_logprobs, "top_logprobs")
-        if body.top_logprobs and not body.logprobs:
-            raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs")
-        refuse_unsupported(body, echo=None)
-        if body.echo:
-            raise bad_request("echo is not supported for conversations.", param="echo")
+        check_chat(body)
+        plan = context.model.tools.plan(
+            body.tools,
+            body.tool_choice,
+            parallel=body.parallel_tool_calls,
+            form=requested_form(vars(body)),
+        )
         text = await context.prompts.render(
             body.messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            tools=None if plan.choice == "none" else body.tools,
+            template=body.chat_template,
             variables=body.chat_template_kwargs,
         )
-        ids = await context.prompts.encode(text, special=body.add_special_tokens)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked = body.max_tokens if field == "max_tokens" else body.max_completion_tokens
+        cut = context.prompts.cut(body, asked)
+        ids = await context.prompts.encode(text, special=body.add_special_tokens, cut=cut)
         params = sampling_params(
             body,
             Ends(body.stop, body.stop_token_ids, body.ignore_eos),
@@ -71,10 +84,21 @@ class _Job:
             max_tokens=context.prompts.room(ids, asked, field),
             vocab=context.prompts.vocab_size,
             logprobs=body.top_logprobs or None,
+            prompt_logprobs=body.prompt_logprobs,
         )
         made = "chatcmpl-" + request_id(request)
-        texts: Texts = [(ids, p) for p in params]
-        return cls(context, body, request, name, ids, texts, made, int(time.time()))
+        texts: Texts = [(ids, context.model.tools.shape(p, plan)) for p in params]
+        return cls(context, body, request, name, ids, plan, texts, made, int(time.time()))
+
+    @property
+    def priority(self) -> int:
+        """Whose turn is sooner; lower is."""
+        return self.body.priority
+
+    @property
+    def tools(self) -> ToolCalling:
+        """How the model calls."""
+        return self.context.model.tools
 
     def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
@@ -82,27 +106,49 @@ class _Job:
         choices = []
         for index, text in enumerate(texts):
             tally.add(0, text)
-            message = {"role": "assistant", "content": text.text, "refusal": None}
-            choices.append(self._choice(index, {"message": message}, text))
+            reader = TextReader(self.plan)
+            message = self.tools.message(collect(reader.read(text.text, last=True)))
+            reason = reader.finish_reason(text.finish_reason)
+            choices.append(self._choice(index, {"message": message}, text, reason))
         self._note(tally)
-        return {**self._head("chat.completion"), "choices": choices, "usage": tally.usage()}
+        whole = {**self._head("chat.completion"), "choices": choices, "usage": tally.usage()}
+        if self.body.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = self.context.logprobs.ranked(texts[0].prompt)
+        return whole
 
     async def events(self, generation: Generation) -> Events:
         """The answer as it grows; the first chunk of each text has the role."""
         tally = Tally([self.prompt])
+        readers = [TextReader(self.plan) for _ in self.texts]
         for index in range(len(self.texts)):
             first = {"delta": {"role": "assistant", "content": ""}}
-            yield self._chunk(self._choice(index, first, Delta()), tally)
+            yield self._chunk(self._choice(index, first, Delta(), None), tally)
         async for index, delta in generation:
             tally.add(0, delta)
-            piece = {"delta": {"content": delta.text} if delta.text else {}}
-            if delta.text or delta.finish_reason or self.body.logprobs:
-                yield self._chunk(self._choice(index, piece, delta), tally)
+            for choice in self._pieces(index, delta, readers[index]):
+                yield self._chunk(choice, tally)
         self._note(tally)
         if self.body.usage_at_end:
             head = self._head("chat.completion.chunk")
             yield event({**head, "choices": [], "usage": tally.usage()})
         yield DONE
+
+    def _pieces(self, index: int, delta: Delta, reader: TextReader) -> list[dict[str, Any]]:
+        """What is new of a text as choices: the first tells its tokens, the last how it ended."""
+        last = delta.finish_reason is not None
+        found = self.tools.deltas(reader.read(delta.text, last=last))
+        if not found and (last or self.body.logprobs or self.body.return_token_ids):
+            found = [{}]
+        reason = reader.finish_reason(delta.finish_reason)
+        return [
+            self._choice(
+                index,
+                {"delta": piece},
+                delta if at == 0 else Delta(stop_reason=delta.stop_reason),
+                reason if at == len(found) - 1 else None,
+            )
+            for at, piece in enumerate(found)
+        ]
 
     def _chunk(self, choice: dict[str, Any], tally: Tally) -> str:
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
@@ -113,7 +159,9 @@ class _Job:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
-    def _choice(self, index: int, content: dict[str, Any], delta: Delta) -> dict[str, Any]:
+    def _choice(
+        self, index: int, content: dict[str, Any], delta: Delta, reason: str | None
+    ) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs and delta.token_ids:
             tops = best(delta.likeliest, self.body.top_logprobs or 0)
@@ -122,8 +170,8 @@ class _Job:
             "index": index,
             **content,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": None,
+            "finish_reason": reason,
+            "stop_reason": delta.stop_reason if reason else None,
         }
         if self.body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)

@@ -8,17 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from qoq.api.checks import check_completion
+from qoq.api.logprobs import best
+from qoq.api.protocol import DEFAULT_MAX_TOKENS, CompletionRequest
+from qoq.api.sampling import Ends, sampling_params
 from qoq.server.context import Context, Texts, note, request_id, respond
 from qoq.server.errors import bad_request
 from qoq.server.generation import Delta, Generation
-from qoq.server.logprobs import best
-from qoq.server.protocol import CompletionRequest
-from qoq.server.sampling import Ends, check_logprobs, sampling_params
 from qoq.server.sse import DONE, Events, event
 from qoq.server.tally import Tally
-from qoq.server.unsupported import refuse_unsupported
-
-DEFAULT_MAX_TOKENS = 16
 
 
 def routes(context: Context) -> APIRouter:
@@ -48,24 +46,28 @@ class _Job:
     id: str
     created: int
 
+    @property
+    def priority(self) -> int:
+        """Whose turn is sooner; lower is."""
+        return self.body.priority
+
     @classmethod
     async def make(cls, context: Context, body: CompletionRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
         name = context.check_model(body.model)
-        check_logprobs(body.logprobs, "logprobs")
-        check_logprobs(body.prompt_logprobs, "prompt_logprobs")
+        check_completion(body)
         # With echo, logprobs are asked for the prompt too, whose tokens are then part of the text.
         asked_of_prompt = [body.prompt_logprobs, body.logprobs if body.echo else None]
         of_prompt = max((count for count in asked_of_prompt if count is not None), default=None)
-        refuse_unsupported(body, prompt_logprobs=None)
+        asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        cut = context.prompts.cut(body, asked)
         prompts: list[list[int]] = []
         shown: list[str] = []
         texts: Texts = []
         asked_for = _as_list(body.prompt)
         context.engine.check_count(len(asked_for) * (body.n or 1))
         for prompt in asked_for:
-            ids = await context.prompts.encode_any(prompt, special=body.add_special_tokens)
-            asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            ids = await context.prompts.encode_any(prompt, special=body.add_special_tokens, cut=cut)
             params = sampling_params(
                 body,
                 Ends(body.stop, body.stop_token_ids, body.ignore_eos),
@@ -77,8 +79,8 @@ class _Job:
             )
             texts += [(ids, p) for p in params]
             prompts.append(ids)
-            is_text = isinstance(prompt, str)
-            echo = prompt if is_text else await context.prompts.decode(ids) if body.echo else ""
+            whole = isinstance(prompt, str) and cut is None
+            echo = prompt if whole else await context.prompts.decode(ids) if body.echo else ""
             shown.append(str(echo) if body.echo else "")
         made = "cmpl-" + request_id(request)
         return cls(context, body, request, name, prompts, shown, texts, made, int(time.time()))
@@ -130,7 +132,7 @@ class _Job:
             "text": echo + delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
-            "stop_reason": None,
+            "stop_reason": delta.stop_reason,
         }
         if self.body.prompt_logprobs is not None and delta.prompt:
             choice["prompt_logprobs"] = self.context.logprobs.ranked(delta.prompt)

@@ -7,11 +7,11 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 
+from qoq.api.logprobs import LogprobWriter
 from qoq.engine.request import SamplingParams
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.errors import CLIENT_GONE, APIError
 from qoq.server.generation import Delta, Generation
-from qoq.server.logprobs import LogprobWriter
 from qoq.server.model import ServedModel
 from qoq.server.prompts import Prompts
 from qoq.server.settings import ServerSettings
@@ -56,6 +56,10 @@ class Job(Protocol):
     def texts(self) -> Texts:
         """What the engine is asked."""
 
+    @property
+    def priority(self) -> int:
+        """Whose turn is sooner; lower is."""
+
     def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
 
@@ -65,17 +69,17 @@ class Job(Protocol):
 
 async def respond(context: Context, request: Request, job: Job, *, stream: bool | None) -> Response:
     """Run a job: its answer whole, or as a stream of events."""
-    generation = await begin(context, request, job.texts)
+    generation = await begin(context, request, job.texts, job.priority)
     if stream:
         return EventStream(job.events(generation), generation, request_id(request))
     return JSONAnswer(job.answer(await answers(request, generation)))
 
 
-async def begin(context: Context, request: Request, texts: Texts) -> Generation:
+async def begin(context: Context, request: Request, texts: Texts, priority: int = 0) -> Generation:
     """Put texts in line; returns once the engine has taken them, or raises what it says."""
     compiling = context.structures.compile(params for _, params in texts)
     compiled = await unless_gone(request, compiling)
-    generation = context.engine.submit(texts)
+    generation = context.engine.submit(texts, priority=priority)
     try:
         await unless_gone(request, generation.accepted())
         del compiled  # the engine has found it

@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from qoq.api.protocol import complaint
 from qoq.errors import RequestError
 from qoq.server.wire import JSONAnswer
 
@@ -100,7 +101,7 @@ def to_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestError):
-        return bad_request(str(error))
+        return bad_request(str(error), param=error.param, code=error.code)
     return APIError(500, "Internal error; the server's log has the cause under this request's id.")
 
 
@@ -131,18 +132,9 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _validation(details: Any) -> APIError:
-    """The first of pydantic's complaints; inputs are not repeated, they may be anything."""
-    shown = list(details)
-    if not shown:
-        return bad_request("The request is malformed.")
-    first = shown[0]
-    where = [str(part) for part in first.get("loc", ()) if part != "body"]
+    """What is wrong with a body."""
+    first: dict[str, Any] = next(iter(details), {})
     if first.get("type") == "json_invalid":
         cause = first.get("ctx", {}).get("error", "")
         return bad_request(f"The body is not valid JSON: {cause}.", code="invalid_json")
-    message = str(first.get("msg", "invalid")).removeprefix("Value error, ")
-    if not where and first.get("type") == "value_error":  # fields that do not go together
-        return bad_request(f"{message}.")
-    if not where:
-        return bad_request(f"The body must be a JSON object: {message}.")
-    return bad_request(f"{'.'.join(where)}: {message}.", param=where[0])
+    return to_api_error(complaint(details))

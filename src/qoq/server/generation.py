@@ -16,8 +16,9 @@ class Delta:
     ``likeliest`` and ``prompt`` are there where they were asked for: for each new id, and with the
     first for each of the prompt's (None for its first), itself and the likeliest at its place.
 
-    ``finish_reason`` is None until the last one; ``cached_tokens`` of the prompt were found in the
-    prefix cache. ``admitted_at`` and ``at`` are time.monotonic() of admission and of the step.
+    ``finish_reason`` is None until the last one, ``stop_reason`` the stop string or id that ended
+    the text, if one did; ``cached_tokens`` of the prompt were found in the prefix cache.
+    ``admitted_at`` and ``at`` are time.monotonic() of admission and of the step.
     """
 
     text: str = ""
@@ -26,6 +27,7 @@ class Delta:
     likeliest: tuple[dict[int, Logprob], ...] = ()
     prompt: tuple[dict[int, Logprob] | None, ...] = ()
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
     cached_tokens: int = 0
     admitted_at: float | None = None
     at: float = 0.0
@@ -53,6 +55,7 @@ class Ticket:
     params: SamplingParams
     generation: "Generation"
     index: int
+    priority: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -76,9 +79,12 @@ class Generation:
         *,
         give_up: Callable[["Ticket"], None],
         time_limit: float | None = None,
+        priority: int = 0,
     ) -> None:
         """``give_up`` is called for each open ticket on abort; ``time_limit`` is in seconds."""
-        self.tickets = [Ticket(ids, params, self, i) for i, (ids, params) in enumerate(prompts)]
+        self.tickets = [
+            Ticket(ids, params, self, i, priority) for i, (ids, params) in enumerate(prompts)
+        ]
         self._give_up = give_up
         self._time_limit = time_limit
         self._deadline = None if time_limit is None else time.monotonic() + time_limit

@@ -1,12 +1,18 @@
 """ServedModel: a checkpoint with all that serving it takes, loaded once at start."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
+import torch
+
+from qoq.api.calling import ToolCalling, check_parser
+from qoq.api.sampling import sampling_defaults
 from qoq.engine.engine import Engine
-from qoq.errors import RequestError, ResourceError, SourceError
+from qoq.engine.speculative import SpeculativeConfig, guesser
+from qoq.errors import RequestError, ResourceError
 from qoq.formats.scheme import QuantScheme
+from qoq.kernels.device import choose_device
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.config import ModelConfig
@@ -14,15 +20,17 @@ from qoq.models.load import load_model
 from qoq.tokenizer import ChatTemplate, Tokenizer
 
 PAGE_SIZE = 64
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_LOG = logging.getLogger("qoq.server")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An engine and what its clients must know of it.
+    """An engine and what its clients must know of it; ``speculative`` is None: no guesses;
+    ``device``: where it runs, and why.
 
     max_model_len bounds prompt and new tokens together; sampling are the defaults of requests that
-    say nothing; template is None for models without one.
+    say nothing; template is None for models without one, tool_template the one for conversations
+    with tools, often the same.
     """
 
     path: Path
@@ -30,11 +38,15 @@ class ServedModel:
     scheme: QuantScheme
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    tool_template: ChatTemplate | None
+    tools: ToolCalling
     engine: Engine
     pool: KVPool
     max_model_len: int
     max_num_seqs: int
     sampling: dict[str, float]
+    speculative: SpeculativeConfig | None = None
+    device: str = "cpu"
     backend: str = "auto"
 
     @property
@@ -49,7 +61,9 @@ class EngineOptions:
 
     kv_memory_bytes wins over kv_memory_fraction, the share of free memory. generation_config:
     ``auto`` reads the model's sampling defaults, ``vllm`` none, else a folder to read them from.
-    seed: that of requests which name none.
+    tool_call_parser and enable_auto_tool_choice are those of ``ToolCalling.of_model``. seed: that
+    of requests which name none. device: as ``choose_device`` takes it; enforce_eager: no CUDA
+    graphs.
     """
 
     max_model_len: int | None = None
@@ -61,6 +75,11 @@ class EngineOptions:
     generation_config: str = "auto"
     seed: int | None = None
     chat_template: str | None = None
+    speculative: SpeculativeConfig | None = None
+    tool_call_parser: str = "auto"
+    enable_auto_tool_choice: bool | None = None
+    device: str = "auto"
+    enforce_eager: bool = False
     backend: str = "auto"
 
 
@@ -72,13 +91,21 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     """
     _check(options)
     seed = {} if options.seed is None else {"seed": options.seed}
-    loaded = load_model(model, backend=options.backend)
+    choice = choose_device(options.device, options.backend)
+    loaded = load_model(model, backend=options.backend, device=choice.device)
     tokenizer = Tokenizer.load(loaded.path)
+    tools = ToolCalling.of_model(
+        tokenizer,
+        loaded.config.model_type,
+        template=options.chat_template,
+        parser=options.tool_call_parser,
+        auto=options.enable_auto_tool_choice,
+    )
     context = loaded.config.max_positions
     length = options.max_model_len or context
     if length > context:
         raise RequestError(f"--max-model-len {length} is above this model's context of {context}.")
-    pool = _pool(loaded.config, loaded.scheme, length, options)
+    pool = _pool(loaded.config, loaded.scheme, length, options, choice.device)
     engine = Engine(
         loaded.decoder,
         pool,
@@ -86,21 +113,28 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         eos_ids=tokenizer.eos_ids or loaded.config.eos_token_ids,
         max_requests=options.max_num_seqs,
         max_step_tokens=options.max_num_batched_tokens,
+        guess=guesser(options.speculative),
         max_model_len=length,
         enable_prefix_caching=options.enable_prefix_caching,
+        enforce_eager=options.enforce_eager,
         backend=options.backend,
     )
+    engine.record(_told)
     return ServedModel(
         path=loaded.path,
         config=loaded.config,
         scheme=loaded.scheme,
         tokenizer=tokenizer,
         template=_template(tokenizer, options.chat_template),
+        tool_template=_template(tokenizer, options.chat_template, tools=True),
+        tools=tools,
         engine=engine,
         pool=pool,
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
         sampling={**sampling_defaults(loaded.path, options.generation_config), **seed},
+        speculative=options.speculative,
+        device=str(choice),
         backend=options.backend,
     )
 
@@ -122,15 +156,28 @@ def _check(options: EngineOptions) -> None:
             f"kv_cache_memory_fraction must be above 0 and at most 1, not "
             f"{options.kv_memory_fraction}."
         )
+    check_parser(options.tool_call_parser)
 
 
-def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:
+def _told(done: int, total: int) -> None:
+    """Log how far the recording of decode steps is: now and then."""
+    if done == total or done % 10 == 0:
+        _LOG.info("CUDA graphs of decode steps: %d of %d", done, total)
+
+
+def _pool(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    length: int,
+    options: EngineOptions,
+    device: torch.device,
+) -> KVPool:
     """As many pages as were asked for; else as many as can be used and fit free memory."""
     shape = PoolShape(scheme.kv, config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
     if options.kv_memory_bytes is not None:
         pages = options.kv_memory_bytes // shape.page_bytes
     else:
-        free = int(memory_at_hand() * options.kv_memory_fraction)
+        free = int(memory_at_hand(device) * options.kv_memory_fraction)
         useful = options.max_num_seqs * pages_for_tokens(length, PAGE_SIZE)
         pages = min(useful, free // shape.page_bytes)
     if pages < pages_for_tokens(length, PAGE_SIZE):
@@ -138,29 +185,14 @@ def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: Engine
             f"The KV cache holds {pages * PAGE_SIZE} tokens, one request may need {length}. Lower "
             "--max-model-len or give more with --kv-cache-memory-bytes."
         )
-    return shape.pool(pages)
+    return shape.pool(pages, device)
 
 
-def _template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
+def _template(
+    tokenizer: Tokenizer, source: str | None, *, tools: bool = False
+) -> ChatTemplate | None:
     """``source`` or the model's own; None where there is neither."""
     try:
-        return tokenizer.chat_template(source)
+        return tokenizer.chat_template(source, tools=tools)
     except RequestError:
         return None
-
-
-def sampling_defaults(folder: Path, choice: str) -> dict[str, float]:
-    """temperature, top_p, ... of a folder's generation_config.json, where it has them."""
-    if choice == "vllm":
-        return {}
-    file = (folder if choice == "auto" else Path(choice)) / GENERATION_CONFIG
-    if not file.is_file():
-        if choice == "auto":
-            return {}
-        raise SourceError(f"--generation-config: there is no {file}.")
-    values = read_generation_config(file)
-    found = {name: values[name] for name in _DEFAULTS if values.get(name) is not None}
-    wrong = [n for n, v in found.items() if isinstance(v, bool) or not isinstance(v, int | float)]
-    if wrong:
-        raise SourceError(f"{file}: {wrong[0]} is not a number. Mend it or use another folder.")
-    return found

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from qoq.api.cut import Cut
+from qoq.api.messages import plain_message, shown_tools
+from qoq.api.protocol import Message, SamplingFields
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
-from qoq.server.protocol import Message, TextPart
 from qoq.server.templates import TemplateProcess
 from qoq.tokenizer import ChatTemplate, Tokenizer
 
 _THREADS = 2
-_TEXT_PARTS = ("text", "input_text", "output_text")
 T = TypeVar("T")
 
 
@@ -28,17 +29,21 @@ class Prompts:
         self,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
+        tool_template: ChatTemplate | None,
         *,
         max_model_len: int,
         vocab_size: int,
         template_timeout: float,
+        trust_templates: bool = False,
     ) -> None:
+        """tool_template: for conversations with tools. trust_templates: requests may bring one."""
         self._tokenizer = tokenizer
+        self._template = template
+        self._tool_template = tool_template
+        self._trust_templates = trust_templates
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self._templates = (
-            None if template is None else TemplateProcess(template, time_limit=template_timeout)
-        )
+        self._templates = TemplateProcess(time_limit=template_timeout)
         tokenizer.encode("a")
         # No token stands for more characters, so a text this many times longer cannot fit.
         self._longest = max((len(token) for token in tokenizer.hf.get_vocab()), default=1)
@@ -47,32 +52,40 @@ class Prompts:
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="qoq-template")
 
     def start(self) -> None:
-        """Have the process that renders chat templates ready."""
-        if self._templates is not None:
+        """Have the process that renders chat templates ready, if the model has one."""
+        if self._template is not None:
             self._templates.start()
 
     def close(self) -> None:
         """End threads and process."""
         for threads in (self._threads, self._renderer):
             threads.shutdown(wait=False, cancel_futures=True)
-        if self._templates is not None:
-            self._templates.close()
+        self._templates.close()
 
-    async def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text. Raises APIError 400 for one that cannot fit, before any work."""
+    async def encode(self, text: str, *, special: bool = True, cut: Cut | None = None) -> list[int]:
+        """Ids of a text, no more than ``cut`` leaves of them.
+
+        Raises APIError 400 for one that cannot fit, before any work.
+        """
+        if cut is not None:
+            text = cut.text(text, self._longest)
         least = -(-len(text) // self._longest)
-        if least > self.max_model_len:
+        if cut is None and least > self.max_model_len:
             raise self._too_long(f"at least {least}")
-        return await self._off_loop(lambda: self._encode(text, special))
+        ids = await self._off_loop(lambda: self._encode(text, special))
+        return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
 
-    async def encode_any(self, prompt: str | Sequence[int], *, special: bool) -> list[int]:
+    async def encode_any(
+        self, prompt: str | Sequence[int], *, special: bool, cut: Cut | None = None
+    ) -> list[int]:
         """Ids of a text, or the ids given once they are found to be of this vocabulary."""
         if isinstance(prompt, str):
-            return await self.encode(prompt, special=special)
-        if len(prompt) >= self.max_model_len:  # before each of a million is looked at
+            return await self.encode(prompt, special=special, cut=cut)
+        if cut is None and len(prompt) >= self.max_model_len:  # before a million are looked at
             raise self._too_long(str(len(prompt)))
         self.check_ids(prompt, "prompt")
-        return list(prompt)
+        ids = list(prompt)
+        return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
 
     async def render(
         self,
@@ -80,30 +93,55 @@ class Prompts:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model's chat template writes it; APIError 400 where it cannot."""
-        templates = self._templates
-        if templates is None:
+        """A conversation as the model's chat template writes it; APIError 400 where it cannot.
+
+        tools: what the model may call, as in chat completions; template: one that the request
+        brings, in place of the model's.
+        """
+        chosen = self._chosen(template, with_tools=bool(tools))
+        plain = [plain_message(message) for message in messages]
+        return await asyncio.get_running_loop().run_in_executor(
+            self._renderer,
+            lambda: self._templates.render(
+                chosen,
+                plain,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=shown_tools(tools),
+                variables=variables,
+            ),
+        )
+
+    def _chosen(self, source: str | None, *, with_tools: bool) -> ChatTemplate:
+        """The template for a conversation. Raises APIError 400 where there is none."""
+        if source is not None and not self._trust_templates:
+            raise bad_request(
+                "chat_template: this server takes no templates from requests; it would with "
+                "--trust-request-chat-template.",
+                param="chat_template",
+            )
+        if source is not None:
+            return self._tokenizer.chat_template(source)
+        chosen = self._tool_template if with_tools else self._template
+        if chosen is None:
             raise bad_request(
                 "This model has no chat template; use /v1/completions, or serve it with "
                 "--chat-template.",
                 param="messages",
             )
-        plain = [plain_message(message) for message in messages]
-        return await asyncio.get_running_loop().run_in_executor(
-            self._renderer,
-            lambda: templates.render(
-                plain,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables=variables,
-            ),
-        )
+        return chosen
 
     async def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids; ``special`` shows those that stand for no text."""
         return await self._off_loop(lambda: self._tokenizer.decode(ids, skip_special=not special))
+
+    def cut(self, body: SamplingFields, max_tokens: int | None) -> Cut | None:
+        """How ``body`` wants its prompts shortened; APIError 400 where that cannot be."""
+        return Cut.asked(body, max_model_len=self.max_model_len, max_tokens=max_tokens)
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
         """Raise APIError 400 for an id outside the vocabulary."""
@@ -154,24 +192,3 @@ class Prompts:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: content is a string. Text parts are joined by newlines."""
-    plain = {"role": message.role, **(message.model_extra or {})}
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(_part_text(part) for part in message.content)
-    elif message.content is not None:
-        plain["content"] = message.content
-    return plain
-
-
-def _part_text(part: TextPart | str) -> str:
-    if isinstance(part, str):
-        return part
-    if part.type not in _TEXT_PARTS:
-        raise bad_request(
-            f"Content of type {part.type[:40]!r} is not supported; this model reads text only.",
-            param="messages",
-        )
-    return part.text or ""

@@ -1,10 +1,12 @@
 """The start report: what runs here, and how much fits."""
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 from qoq import __version__
 from qoq.engine import report
+from qoq.engine.speculative import SpeculativeConfig
 from qoq.server.logs import LogFormat
 from qoq.server.model import ServedModel
 
@@ -24,6 +26,7 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "model": str(model.path),
         "architecture": model.config.architecture,
         "scheme": str(model.scheme),
+        "device": model.device,
         "ops": engine.ops,
         "isa": engine.isa,
         "threads": engine.threads,
@@ -33,7 +36,10 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "max_concurrency": round(engine.max_concurrency, 2),
         "max_num_seqs": engine.max_requests,
         "sampling_defaults": model.sampling,
+        "speculative_config": model.speculative and asdict(model.speculative),
         "chat_template": model.template is not None,
+        "tool_call_parser": model.tools.parser,
+        "auto_tool_choice": model.tools.auto,
     }
 
 
@@ -44,14 +50,22 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"qoq {facts['qoq_version']}",
         f"model: {facts['model']} ({facts['architecture']}, {facts['scheme']})",
+        f"device: {facts['device']}",
         *(f"{op}: {what}" for op, what in facts["ops"].items()),
         f"CPU kernels: {native}",
         f"KV cache: {tokens:,} tokens, {facts['kv_cache_bytes'] / 1e6:,.1f} MB",
         f"maximum concurrency for {length:,} tokens per request: {facts['max_concurrency']:.2f}x",
         f"requests at a time: {facts['max_num_seqs']}",
         f"sampling defaults: {facts['sampling_defaults'] or 'none'}",
+        f"speculative decoding: {_speculation(facts['speculative_config'])}",
         f"chat template: {'yes' if facts['chat_template'] else 'none'}",
+        f"tool calls: parser {facts['tool_call_parser'] or 'none'}, "
+        f"automatic tool choice {'on' if facts['auto_tool_choice'] else 'off'}",
     ]
+
+
+def _speculation(config: dict[str, Any] | None) -> str:
+    return "off" if config is None else str(SpeculativeConfig(**config))
 
 
 def announce(model: ServedModel, form: LogFormat) -> None:

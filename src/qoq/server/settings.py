@@ -13,7 +13,8 @@ class ServerSettings:
     everyone in. max_queued: texts that may wait beside those that run. request_timeout covers the
     whole of a request (None: no limit), body_timeout the arrival of its body, template_timeout the
     rendering of a chat template, step_timeout a step of the engine (0: no limit). Time a stopping
-    server waits: shutdown_timeout.
+    server waits: shutdown_timeout. trust_request_chat_template lets requests bring a chat template
+    of their own.
     """
 
     served_model_names: tuple[str, ...]
@@ -23,6 +24,7 @@ class ServerSettings:
     request_timeout: float | None = None
     body_timeout: float = 60.0
     template_timeout: float = 5.0
+    trust_request_chat_template: bool = False
     step_timeout: float = 600.0
     shutdown_timeout: float = 0.0
     root_path: str = ""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qoq.api.protocol import usage
 from qoq.server.generation import Delta
-from qoq.server.protocol import usage
 
 
 class Tally:

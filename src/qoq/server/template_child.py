@@ -14,12 +14,11 @@ _MAX_CHARACTERS = 64 << 20  # of a rendered prompt
 
 
 def main() -> None:
-    """The first line holds the template and the seconds that a rendering may take; each further one
-    a conversation. Ends with its input.
+    """The first line holds the seconds that a rendering may take; each further one a template and a
+    conversation. Ends with its input.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     hello = json.loads(sys.stdin.readline())
-    template = ChatTemplate.from_json(hello["template"])
     # Import what renders, but not yet with the model's template: its constants are computed when it
     # is compiled, so that too must fall under the limits of a request.
     ChatTemplate("", {}).render([{}])
@@ -28,12 +27,13 @@ def main() -> None:
     for line in sys.stdin:
         # The server kills a rendering that takes too long; this one does where the server is gone.
         signal.setitimer(signal.ITIMER_REAL, hello["seconds"] + _GRACE_S)
-        answer = _render(template, json.loads(line))
+        answer = _render(json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(answer)
 
 
-def _render(template: ChatTemplate, asked: dict[str, Any]) -> dict[str, str]:
+def _render(asked: dict[str, Any]) -> dict[str, str]:
+    template = ChatTemplate.from_json(asked["template"])
     try:
         text = template.render(asked["messages"], **asked["options"])
     except RequestError as error:

@@ -20,19 +20,28 @@ class TemplateProcess:
     One at a time: renderings take well under a millisecond.
     """
 
-    def __init__(self, template: ChatTemplate, *, time_limit: float) -> None:
+    def __init__(self, *, time_limit: float) -> None:
         """``time_limit`` in seconds is for one rendering; the child's start does not count."""
         self._time_limit = time_limit
-        hello = {"template": template.to_json(), "seconds": time_limit}
+        hello = {"seconds": time_limit}
         self._child = Child("qoq.server.template_child", lambda: hello)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
         """The prompt of a conversation; ``options`` are those of ``ChatTemplate.render``.
 
         Raises RequestError where the template refuses the messages or is cut off.
         """
-        question = {"messages": list(messages), "options": options}
-        answer = self._child.ask(question, self._time_limit)
+        question = {
+            "template": template.to_json(),
+            "messages": list(messages),
+            "options": options,
+        }
+        try:
+            answer = self._child.ask(question, self._time_limit)
+        except RecursionError:
+            raise RequestError("The conversation is nested too deeply; make it flatter.") from None
         if answer is None:
             raise RequestError(
                 f"The chat template took longer than {self._time_limit:g} s or too much memory and "

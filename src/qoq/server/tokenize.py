@@ -4,9 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from qoq.api.checks import refuse_unsupported
+from qoq.api.protocol import DetokenizeRequest, TokenizeRequest
 from qoq.server.context import Context
-from qoq.server.protocol import DetokenizeRequest, TokenizeRequest
-from qoq.server.unsupported import refuse_unsupported
 
 
 def routes(context: Context) -> APIRouter:
@@ -25,6 +25,8 @@ def routes(context: Context) -> APIRouter:
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                tools=body.tools,
+                template=body.chat_template,
                 variables=body.chat_template_kwargs,
             )
             special = bool(body.add_special_tokens)

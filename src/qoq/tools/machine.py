@@ -1,11 +1,11 @@
 """The machine that all parsers share: content up to a mark, and events that say what is certain.
 
 How a text is cut into pieces changes nothing of what its events say together. Whitespace next to a
-call is not content.
+call is not content, nor are marks that are ``hidden``, also where no call follows them.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
 from qoq.tools.calls import CallArguments, CallStart, Content, Event
@@ -18,15 +18,21 @@ class Parser:
     """Text in, events out: content up to a mark, then whatever the subclass reads.
 
     A subclass names its ``marks`` and reads what follows one in ``_read``, a character at a time.
+    ``tokens``: texts it needs to see that are special tokens of many vocabularies.
     """
 
     marks: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: Collection[str] = ()) -> None:
+        """hidden: texts that never are content, as those of special tokens."""
+        self._hidden = tuple(hidden)
+        self._watched = (*self.marks, *(mark for mark in hidden if mark not in self.marks))
         self._calls = 0
         self._held = ""  # may become a mark, or is space that may be next to one
         self._after_call = False  # nothing but space since the last call
         self._inside = False
+        self._space = ""  # before the mark
         self._queue: deque[str] = deque()
 
     def push(self, piece: str) -> list[Event]:
@@ -42,6 +48,8 @@ class Parser:
         events = list(self._end()) if self._inside else []
         if not self._after_call or self._held.strip(SPACE):
             rest = self._held if not self._calls else self._held.rstrip(SPACE)
+            for mark in self._hidden:
+                rest = rest.replace(mark, "")
             events += [Content(rest)] if rest else []
         self._held = ""
         return _joined(events)
@@ -51,10 +59,15 @@ class Parser:
             yield from self._read(char)
             return
         self._held += char
-        mark = next((m for m in self.marks if self._held.endswith(m)), None)
+        mark = next((m for m in self._watched if self._held.endswith(m)), None)
         if mark is not None:
             text = self._held.removesuffix(mark)
-            yield from self._content(text.rstrip(SPACE) if text.strip(SPACE) else "")
+            if mark not in self.marks:
+                self._held = text
+                return
+            body = text.rstrip(SPACE)
+            self._space = text[len(body) :]
+            yield from self._content(body)
             self._held = ""
             self._inside = True
             self._open(mark)
@@ -75,7 +88,7 @@ class Parser:
         return max(
             (
                 n
-                for mark in self.marks
+                for mark in self._watched
                 for n in range(1, len(mark))
                 if self._held.endswith(mark[:n])
             ),
@@ -101,7 +114,8 @@ class Parser:
         """Back to content: ``mark`` was none, and ``again``, which followed it, is read anew."""
         self._inside = False
         self._after_call = self._calls > 0
-        yield from self._content(mark)
+        if mark:
+            yield from self._content(self._space + ("" if mark in self._hidden else mark))
         self._queue.extendleft(reversed(again))
 
     def _open(self, mark: str) -> None:

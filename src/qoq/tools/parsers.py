@@ -1,6 +1,6 @@
 """One parser for each way that models write calls; the same for a stream and for a whole text."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 from qoq.tools.calls import Event, ToolText, collect
 from qoq.tools.machine import SPACE, Parser
@@ -35,7 +35,8 @@ class _Objects(Parser):
     def _end(self) -> Iterator[Event]:
         # Of a further object of a list, what was cut off is nothing to read.
         if not self._announced and not self._reader.done and (self._mark or not self._calls):
-            self._held = self._mark + self._raw + self._reader.raw
+            before = self._space + self._mark if self._mark else ""
+            self._held = before + self._raw + self._reader.raw
         yield from ()
 
 
@@ -44,6 +45,7 @@ class Hermes(_Objects):
 
     marks = ("<tool_call>",)
     _CLOSE = "</tool_call>"
+    tokens = (*marks, _CLOSE)
 
     def _open(self, mark: str) -> None:
         super()._open(mark)
@@ -95,10 +97,15 @@ class _Lists(_Objects):
 
 
 class Mistral(_Lists):
-    """[TOOL_CALLS] and then [{"name": ..., "arguments": {...}}, ...] or name{...}."""
+    """[TOOL_CALLS] and then [{"name": ..., "arguments": {...}}, ...] or name[ARGS]{...}.
+
+    Before [ARGS] there may be [CALL_ID] and an id, and [ARGS] itself may be missing.
+    """
 
     marks = ("[TOOL_CALLS]",)
     _ARGS = "[ARGS]"
+    _ID = "[CALL_ID]"
+    tokens = (*marks, _ARGS, _ID)
     _MAX_NAME = 256
 
     def _read(self, char: str) -> Iterator[Event]:
@@ -115,7 +122,7 @@ class Mistral(_Lists):
 
     def _no_list(self, char: str) -> Iterator[Event]:
         self._state = "name"
-        name = self._raw[:-1].strip(SPACE).removesuffix(self._ARGS)
+        name = self._raw[:-1].strip(SPACE).removesuffix(self._ARGS).partition(self._ID)[0]
         if char == "{" and name:
             self._state, self._value = "values", ValueEnd()
             self._value.push(char)
@@ -129,8 +136,8 @@ class Mistral(_Lists):
 class CallList(_Lists):
     """A bare [{"name": ..., "parameters": {...}}, ...]: what a required call is forced into."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, hidden: Collection[str] = ()) -> None:
+        super().__init__(hidden)
         self._inside = True
         self._open("")
 
@@ -143,9 +150,10 @@ class Llama3(_Objects):
 
     required = True
     _TAG = "<|python_tag|>"
+    tokens = (_TAG,)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, hidden: Collection[str] = ()) -> None:
+        super().__init__(hidden)
         self._inside = True
         self._open("")
 
@@ -187,7 +195,7 @@ class OneCall(Parser):
         yield from ()
 
 
-PARSERS: dict[str, Callable[[], Parser]] = {
+PARSERS: dict[str, type[Parser]] = {
     "hermes": Hermes,
     "llama3_json": Llama3,
     "mistral": Mistral,

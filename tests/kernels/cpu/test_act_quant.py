@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from helpers.activations import close, equal, random_rows
 from qoq.formats.activation import QuantizedActivation
 from qoq.kernels import act_quant as oracle
 from qoq.kernels.cpu import act_quant as twin
@@ -19,42 +19,11 @@ WIDTHS = st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 1000, 2048, 4
 pytestmark = pytest.mark.usefixtures("variant")
 
 
-def equal(got: oracle.Activation, want: oracle.Activation) -> None:
-    if isinstance(want, Tensor):
-        assert isinstance(got, Tensor)
-        assert torch.equal(got, want)
-        return
-    assert isinstance(got, QuantizedActivation)
-    for name, tensor in vars(want).items():
-        assert getattr(got, name).dtype == tensor.dtype, name
-        assert torch.equal(getattr(got, name), tensor), name
-
-
-def close(got: oracle.Activation, want: Tensor, rtol: float, bits: int) -> None:
-    """``got`` stands for the float64 rows ``want``, known to ``rtol``, to half a step."""
-    if bits == 16:
-        assert isinstance(got, Tensor)
-        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-34)
-        return
-    assert isinstance(got, QuantizedActivation)
-    scale = want.abs().amax(-1) / 127
-    torch.testing.assert_close(got.scale.double(), scale, rtol=rtol, atol=1e-34)
-    steps = got.codes.double() - want / scale[:, None]
-    assert (steps.abs() <= 0.5 + 127 * rtol).all()
-    assert torch.equal(got.row_sum, got.codes.sum(1, dtype=torch.int32))
-
-
-def random_rows(m: int, k: int, spread: float) -> Tensor:
-    """Rows of very different sizes, some zeros among them, inside a wider matrix (no copy)."""
-    wide = torch.randn(m, k + 3) * 10 ** (torch.rand(m, 1) * 2 * spread - spread)
-    wide[:, ::5] = 0
-    return wide[:, 2 : 2 + k]
-
-
 @given(m=st.integers(1, 12), k=WIDTHS, spread=st.sampled_from([0.0, 3.0, 30.0, 44.0]))
 def test_act_quant_is_the_oracle(m: int, k: int, spread: float) -> None:
     x = random_rows(m, k, spread)
-    for y in (x, x.contiguous(), x.half(), x.t().contiguous().t()):
+    half = x.clamp(-6e4, 6e4).half()
+    for y in (x, x.contiguous(), half, x.t().contiguous().t()):
         equal(twin.act_quant(y, 8), oracle.act_quant_oracle(y, 8))
         equal(twin.act_quant(y, 16), oracle.act_quant_oracle(y, 16))
 

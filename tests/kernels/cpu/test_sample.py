@@ -8,28 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.sampling_params import random_params
 from qoq.kernels.cpu.sample import sample, unsupported
 from qoq.kernels.sample import SamplingBatch, sample_oracle
 
 pytestmark = pytest.mark.usefixtures("variant")
-
-
-def random_params(rows: int, *, filters: bool = True) -> SamplingBatch:
-    """Every mixture of greedy, plain and filtered rows."""
-
-    def some(values: Tensor, off: float) -> Tensor:
-        chosen = torch.rand(rows) < (0.5 if filters else 0.0)
-        return torch.where(chosen, values, torch.full_like(values, off))
-
-    heat = torch.rand(rows) * 2 + 0.05
-    return SamplingBatch(
-        torch.where(torch.rand(rows) < 0.2, 0.0, heat),
-        some(torch.randint(1, 80, (rows,)), 0),
-        some(torch.rand(rows) * 0.98 + 0.01, 1),
-        some(torch.rand(rows) ** 3, 0),
-        torch.randint(-(1 << 62), 1 << 62, (rows,)),
-        torch.randint(0, 1000, (rows,)),
-    )
 
 
 def compare(logits: Tensor, params: SamplingBatch) -> None:

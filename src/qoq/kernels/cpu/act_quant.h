@@ -31,12 +31,12 @@ inline __attribute__((always_inline)) void put_row(const Activations& out, int64
   std::memcpy(&absmax, &bits, 4);
   float scale = absmax / 127.0f;
   if (!(scale > 0)) scale = 1.0f;
-  S32 sums{};
+  U32 sums{};
   int8_t* codes = out.codes + row * k;
   each_vector(k, [&](int64_t i, int64_t n) {
     const F32 ratio = at(i, n) / scale;
     const S32 code = round_to_int(clamp(ratio, -127.0f, 127.0f)) & (S32)(ratio == ratio);
-    sums += code;
+    sums += (U32)code;
     store_first(codes + i, narrow(code), n);
   });
   out.scale[row] = scale;

@@ -44,7 +44,7 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, int64
   // No probability exceeds 1, so this scale leaves every product within two bytes.
   const float scale = width > 1e-30f ? width / kMost : 1.0f, inverse = 1 / scale;
   F32 weight{}, base{}, exact{};
-  S32 codes{};
+  U32 codes{};
   for (int64_t t = 0; t < end; t += kLanes) {
     const F32 p = two_to(load<F32>(scores + t) - top);
     const F32 scaled = p * (load<F32>(w.v_scale + t) * inverse);
@@ -52,7 +52,7 @@ inline void probabilities(Work& w, int64_t row, int64_t low, int64_t high, int64
     base = add_product(base, p, load<F32>(w.v_offset + t));
     exact += scaled;
     const S32 code = round_to_int(scaled);
-    codes += code;
+    codes += (U32)code;
     store(top_bytes + t, narrow((code + 128) >> 8));
     store(low_bytes + t, narrow(code));  // as a signed byte: code - 256 * its top byte
   }

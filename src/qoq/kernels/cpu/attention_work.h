@@ -153,10 +153,10 @@ inline void load_queries(const AttentionArgs& a, const Shape& s, const Block& b,
     uint8_t bytes[2][kLanes];
     int8_t* codes = w.q_bytes + r * 2 * s.q_stride;
     std::memset(codes, 0, 2 * s.q_stride);
-    S32 sums{};
+    U32 sums{};
     each_vector(s.dim, [&](int64_t i, int64_t n) {
       const S32 code = round_to_int(load_first<F32>(q + i, n) * times);
-      sums += code;
+      sums += (U32)code;
       store(bytes[0], narrow((code + 128) >> 8));
       store(bytes[1], narrow(code));  // as a signed byte: code - 256 * its high byte
       for (int digit = 0; digit < 2; ++digit)

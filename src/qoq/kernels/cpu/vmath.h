@@ -50,17 +50,17 @@ inline F32 two_to(F32 x) {
   p = add_product(splat(0.69312182f), r, p);
   p = add_product(splat(0.99999926f), r, p);
   // The whole part, in the low bits of `shifted`, goes straight to the exponent.
-  p = (F32)((S32)p + ((S32)shifted << 23));
+  p = (F32)((U32)p + ((U32)shifted << 23));
   return x < -100.0f ? F32{} : p;
 }
 
 // x / (1 + e^-x)
 inline F32 silu_of(F32 x) { return x / (exp_of(-x) + 1.0f); }
 
-// Of all lanes; integers wrap.
-inline int32_t sum_of(S32 x) {
+// Of all lanes. Sums of codes wrap: what round_to_int makes of a NaN is a number without meaning.
+inline int32_t sum_of(U32 x) {
   uint32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += (uint32_t)x[i];
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
   return (int32_t)sum;
 }
 

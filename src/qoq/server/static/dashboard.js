@@ -105,6 +105,7 @@ export class Dashboard {
       ["New tokens", count(total(samples, "generation_tokens"))],
       ["Turned away", count(rejected)],
       ["Preemptions", count(total(samples, "num_preemptions"))],
+      ["Guessed tokens accepted", accepted(samples)],
       ["KV cache holds", cache.kv_cache_size_tokens ? `${whole(cache.kv_cache_size_tokens)} tokens` : null],
       ["Full-length requests at once", cache.kv_cache_max_concurrency],
     ]);
@@ -113,6 +114,11 @@ export class Dashboard {
 
 const both = (now, far, stem) => [0.5, 0.99].map((q) => quantile(now, far, stem, q));
 const share = (part, all) => (all > 0 && part !== null ? part / all : null);
+const accepted = (samples) => { // nothing to show where nothing is guessed
+  const guessed = total(samples, "spec_decode_num_draft_tokens");
+  const right = total(samples, "spec_decode_num_accepted_tokens");
+  return guessed > 0 ? `${percent(right / guessed)} of ${whole(guessed)}` : null;
+};
 const count = (value) => (value === null ? null : whole(value));
 
 function list(id, rows) {

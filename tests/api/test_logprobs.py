@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from helpers.tiny import write_byte_tokenizer, write_fallback_tokenizer
-from qoq.server.logprobs import LogprobWriter
+from qoq.api.logprobs import LogprobWriter
 from qoq.tokenizer import Tokenizer
 
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Protocol
 
+from qoq.api.rules import rules
+from qoq.engine.choices import choices
+from qoq.engine.defaults import GENERATION_CONFIG, read_generation_config
 from qoq.engine.request import SamplingParams
-from qoq.errors import RequestError
-from qoq.server.errors import bad_request
-from qoq.server.rules import rules
+from qoq.errors import RequestError, SourceError
 
 MAX_LOGPROBS = 20
 _INT64 = 1 << 63
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _FIELDS = {field.name for field in fields(SamplingParams)}
 
 
@@ -47,29 +50,31 @@ def sampling_params(
     """One SamplingParams for each of the ``n`` texts of ``body``.
 
     logprobs and prompt_logprobs: how many of the likeliest tokens are told beside each.
-    With a seed each text gets its own, in a row. Raises APIError 400 naming the field.
+    With a seed each text gets one of its own (see ``engine.choices``). Raises RequestError
+    naming the field.
     """
     stop = ends.stop or ()
     ids = ends.stop_token_ids or []
     strange = next((i for i in ids if not 0 <= i < vocab), None)
     if strange is not None:
-        raise bad_request(
+        raise RequestError(
             f"stop_token_ids: {strange} is outside the vocabulary of {vocab}.",
             param="stop_token_ids",
         )
     # OpenAI's default is 1.0; a model's generation_config.json may say otherwise.
     temperature = _first(body.temperature, defaults.get("temperature"), 1.0)
     seed = _seed(body.seed if body.seed is not None else defaults.get("seed"))
-    count, more = body.n or 1, rules(body, defaults)
+    more = rules(body, defaults)
     try:
-        return [
+        return choices(
             SamplingParams(
+                n=body.n or 1,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_k=_top_k(_first(body.top_k, defaults.get("top_k"), 0), vocab),
                 top_p=_first(body.top_p, defaults.get("top_p"), 1.0),
                 min_p=_first(body.min_p, defaults.get("min_p"), 0.0),
-                seed=None if seed is None else (seed + i) % _INT64,
+                seed=seed,
                 stop=stop,
                 stop_token_ids=ids,
                 ignore_eos=ends.ignore_eos,
@@ -77,17 +82,37 @@ def sampling_params(
                 prompt_logprobs=prompt_logprobs,
                 **more,
             )
-            for i in range(count)
-        ]
+        )
     except RequestError as error:
         name = str(error).split(" ", 1)[0]  # its messages begin with the field
-        raise bad_request(str(error), param=name if name in _FIELDS else None) from error
+        raise RequestError(str(error), param=name if name in _FIELDS else None) from error
+
+
+def sampling_defaults(folder: Path, choice: str = "auto") -> dict[str, float]:
+    """temperature, top_p, ... of a folder's generation_config.json, where it has them.
+
+    choice: "auto" for the model's ``folder``, "vllm" for none, else another folder. Raises
+    SourceError for a file that cannot be read.
+    """
+    if choice == "vllm":
+        return {}
+    file = (folder if choice == "auto" else Path(choice)) / GENERATION_CONFIG
+    if not file.is_file():
+        if choice == "auto":
+            return {}
+        raise SourceError(f"--generation-config: there is no {file}.")
+    values = read_generation_config(file)
+    found = {name: values[name] for name in _DEFAULTS if values.get(name) is not None}
+    wrong = [n for n, v in found.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+    if wrong:
+        raise SourceError(f"{file}: {wrong[0]} is not a number. Mend it or use another folder.")
+    return found
 
 
 def check_logprobs(count: int | None, name: str) -> None:
-    """Raise a 400 for more than MAX_LOGPROBS tokens per place, or fewer than none."""
+    """Raise RequestError for more than MAX_LOGPROBS tokens per place, or fewer than none."""
     if count is not None and not 0 <= count <= MAX_LOGPROBS:
-        raise bad_request(f"{name} must be from 0 to {MAX_LOGPROBS}, not {count}.", param=name)
+        raise RequestError(f"{name} must be from 0 to {MAX_LOGPROBS}, not {count}.", param=name)
 
 
 def _first(asked: float | None, default: float | None, neutral: float) -> float:
@@ -104,5 +129,5 @@ def _seed(seed: float | None) -> int | None:
     if seed is None:
         return None
     if not -_INT64 <= seed < _INT64:
-        raise bad_request(f"seed must be from -2**63 to 2**63 - 1, not {seed}.", param="seed")
+        raise RequestError(f"seed must be from -2**63 to 2**63 - 1, not {seed}.", param="seed")
     return int(seed) % _INT64

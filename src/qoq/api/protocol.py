@@ -5,52 +5,25 @@ but cannot honour yet are refused by name (``unsupported``); ranges of numbers a
 matter.
 """
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    StrictInt,
-    Tag,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-MAX_BIASES = 20_000
-T = TypeVar("T")
-# One wrong item is told, not a million of them: collecting those takes seconds.
-List = Annotated[list[T], Field(fail_fast=True)]
-TokenIds = List[StrictInt]
+from qoq.api.fields import List, Prompt, TokenIds, check_biases
+from qoq.errors import RequestError
 
-
-def _biases(given: Any) -> Any:
-    if isinstance(given, dict):
-        if len(given) > MAX_BIASES:
-            raise ValueError(f"at most {MAX_BIASES} tokens can be named, not {len(given)}")
-        if any(isinstance(bias, bool) for bias in given.values()):
-            raise ValueError("true and false are no biases")
-    return given
-
-
-def _kind(prompt: Any) -> str:
-    """Which of the four kinds of prompt a value means to be, by its first item alone."""
-    if not isinstance(prompt, list):
-        return "text"
-    first = prompt[0] if prompt else 0
-    return "texts" if isinstance(first, str) else "many ids" if isinstance(first, list) else "ids"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[TokenIds, Tag("ids")]
-    | Annotated[List[str], Tag("texts")]
-    | Annotated[List[TokenIds], Tag("many ids")],
-    Discriminator(_kind),
-]
+DEFAULT_MAX_TOKENS = 16  # of completions
+_INT64 = 1 << 63
 
 
 class Body(BaseModel):
@@ -66,6 +39,14 @@ class Body(BaseModel):
             if bool not in (wanted, *get_args(wanted)):
                 raise ValueError("true and false are no values for this")
         return value
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> Self:
+        """A request from what JSON says; RequestError naming the first field that is wrong."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise complaint(error.errors(include_input=False, include_url=False)) from None
 
 
 class StreamOptions(Body):
@@ -93,13 +74,18 @@ class SamplingFields(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     length_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_biases)] = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(check_biases)] = None
     bad_words: List[str] | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="So many tokens of the prompt are read; -1: as many as fit."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Where the prompt is cut; left by default."
+    )
     use_beam_search: bool = False
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -107,7 +93,9 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: List[str] | None = None
     guided_grammar: str | None = None
-    priority: int = 0
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
+        0, description="Lower is served first."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -153,11 +141,28 @@ class TextPart(Body):
     text: str | None = None
 
 
+class CalledFunction(Body):
+    """What a call calls; arguments are JSON text, as the answer had them."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageCall(Body):
+    """A call in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One message of a conversation; what else it has is for the chat template."""
 
     role: str
     content: str | List[TextPart | str] | None = None
+    tool_calls: List[MessageCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatFields(Body):
@@ -187,7 +192,9 @@ class ChatRequest(ChatFields, SamplingFields):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: List[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
     echo: bool = False
     return_token_ids: bool = False
 
@@ -221,7 +228,7 @@ class DetokenizeRequest(Body):
 
 
 class ResponsesRequest(Body):
-    """POST /v1/responses: text in, text out; nothing is stored."""
+    """POST /v1/responses: text and calls of functions; nothing is stored."""
 
     model: str | None = None
     input: str | List[dict[str, Any]]
@@ -242,10 +249,25 @@ class ResponsesRequest(Body):
     include: List[str] | None = None
     prompt: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     top_logprobs: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+
+def complaint(details: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The first of pydantic's complaints; inputs are not repeated, they may be anything."""
+    first = details[0] if details else {}
+    where = [str(part) for part in first.get("loc", ()) if part != "body"]
+    message = str(first.get("msg", "malformed")).removeprefix("Value error, ")
+    if where:
+        return RequestError(f"{'.'.join(where)}: {message}.", param=where[0])
+    if first.get("type") == "value_error":  # fields that do not go together
+        return RequestError(f"{message}.")
+    return RequestError(f"The body must be a JSON object: {message}.")
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""The parts of the check, in their order, each with its share of the time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qoq.bench.gpu import (
+    attention,
+    bits,
+    ceilings,
+    environment,
+    gemm,
+    model,
+    row_kernels,
+    subnormal,
+    tests,
+)
+from qoq.bench.gpu.bench import Bench, Row
+
+
+def _never(rows: Sequence[Row]) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Part:
+    """``rows`` measures or checks, result by result; ``lines`` prints them; ``failed`` tells
+    whether they show an error; ``warm(bench, share, of)`` compiles kernels ahead, shared among
+    processes. A part is stopped after ``seconds``, and what it has by then is kept.
+    """
+
+    name: str
+    seconds: float
+    rows: Callable[[Bench], Iterator[Row]]
+    lines: Callable[[list[Row]], list[str]]
+    failed: Callable[[list[Row]], bool] = _never
+    warm: Callable[[Bench, int, int], None] | None = None
+    warm_seconds: float = 0.0
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("env", 20, environment.rows, environment.lines),
+        Part("ceilings", 30, ceilings.rows, ceilings.lines),
+        Part("subnormal", 20, subnormal.rows, subnormal.lines, subnormal.failed),
+        Part("tests", 110, lambda _: tests.rows(seconds=100), tests.lines, tests.failed),
+        Part("bits", 30, bits.rows, bits.lines, bits.failed),
+        Part("gemm", 60, gemm.rows, gemm.lines, warm=gemm.warm, warm_seconds=50),
+        Part(
+            "attention", 40, attention.rows, attention.lines, warm=attention.warm, warm_seconds=20
+        ),
+        Part(
+            "rows", 20, row_kernels.rows, row_kernels.lines, warm=row_kernels.warm, warm_seconds=10
+        ),
+        Part("model", 50, model.rows, model.lines, model.failed, model.warm, warm_seconds=20),
+    )
+}
+"""By name; together under eight minutes."""
+
+NEED_CEILINGS = ("gemm", "attention", "rows")
+"""Parts that count floors."""
