@@ -6,57 +6,24 @@ matter.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    StrictInt,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from qoq.api.fields import List, Prompt, TokenIds, check_biases
 from qoq.errors import RequestError
 
 DEFAULT_MAX_TOKENS = 16  # of completions
 _INT64 = 1 << 63
-MAX_BIASES = 20_000
-T = TypeVar("T")
-# One wrong item is told, not a million of them: collecting those takes seconds.
-List = Annotated[list[T], Field(fail_fast=True)]
-TokenIds = List[StrictInt]
-
-
-def _biases(given: Any) -> Any:
-    if isinstance(given, dict):
-        if len(given) > MAX_BIASES:
-            raise ValueError(f"at most {MAX_BIASES} tokens can be named, not {len(given)}")
-        if any(isinstance(bias, bool) for bias in given.values()):
-            raise ValueError("true and false are no biases")
-    return given
-
-
-def _kind(prompt: Any) -> str:
-    """Which of the four kinds of prompt a value means to be, by its first item alone."""
-    if not isinstance(prompt, list):
-        return "text"
-    first = prompt[0] if prompt else 0
-    return "texts" if isinstance(first, str) else "many ids" if isinstance(first, list) else "ids"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[TokenIds, Tag("ids")]
-    | Annotated[List[str], Tag("texts")]
-    | Annotated[List[TokenIds], Tag("many ids")],
-    Discriminator(_kind),
-]
 
 
 class Body(BaseModel):
@@ -107,7 +74,7 @@ class SamplingFields(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     length_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_biases)] = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(check_biases)] = None
     bad_words: List[str] | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: int | None = None
