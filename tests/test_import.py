@@ -55,3 +55,23 @@ def test_quantize_is_the_function_whatever_was_imported_before(first: str) -> No
         "print(callable(quantize), callable(qoq.quantize), rounding.__name__)"
     )
     assert run(code) == "True True qoq.quantize.rounding"
+
+
+def test_a_source_tree_runs_models_without_the_extension_and_the_server() -> None:
+    """What a machine needs that has torch and Triton, but nothing compiled or served."""
+    code = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        missing = ("fastapi", "uvicorn", "starlette", "llguidance", "openai", "httpx2", "httpx")
+        if name.split(".")[0] in missing or name == "qoq._C":
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Blocked())
+for module in ("cli.app", "llm", "engine.engine", "bench.gpu.worker", "bench.throughput",
+               "evaluate.perplexity", "quantize.pipeline", "kernels.gpu.backend"):
+    importlib.import_module(f"qoq.{module}")
+print("fine")
+"""
+    assert run(code) == "fine"

@@ -13,6 +13,7 @@ from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Output, Request, SamplingParams, Update
 from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError, ResourceError
+from qoq.kernels.device import choose_device
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
 from qoq.kvcache.pool import pages_for_budget, pages_for_tokens
 from qoq.models.load import load_model
@@ -40,6 +41,8 @@ class LLM:
         max_requests: int = 64,
         enable_prefix_caching: bool = True,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        device: str = "auto",
+        enforce_eager: bool = False,
         backend: str = "auto",
     ) -> None:
         """Load a folder or a hub id.
@@ -48,7 +51,8 @@ class LLM:
         together (None: what the requests need, within free memory); requests beyond that wait.
         With enable_prefix_caching a prompt that begins like one of an earlier call is not computed
         anew. speculative_config, such as {"method": "ngram", "num_speculative_tokens": 4}, guesses
-        tokens: the texts are the same, repetitive ones are there sooner (None: off).
+        tokens: the texts are the same, repetitive ones are there sooner (None: off). device: cpu,
+        cuda, cuda:N or auto, which is a GPU if there is one; enforce_eager: no CUDA graphs there.
         Raises RequestError, CheckpointError, SourceError or UnsupportedModelError.
         """
         if kv_tokens is not None and kv_tokens < 1:
@@ -56,16 +60,18 @@ class LLM:
         if max_requests < 1:
             raise RequestError(f"max_requests must be 1 or more, not {max_requests}.")
         self._speculative = SpeculativeConfig.of(speculative_config)
-        loaded = load_model(model, backend=backend)
+        loaded = load_model(model, backend=backend, device=choose_device(device, backend).device)
         self.path = loaded.path
         self.config = loaded.config
         self.scheme = loaded.scheme
         self.tokenizer = Tokenizer.load(loaded.path)
+        self.device = loaded.device
         self._decoder = loaded.decoder
         self._eos_ids = self.tokenizer.eos_ids or loaded.config.eos_token_ids
         self._kv_tokens = kv_tokens
         self._max_requests = max_requests
         self._prefix_caching = enable_prefix_caching
+        self._enforce_eager = enforce_eager
         self._backend = backend
         self._engine: Engine | None = None
         self._num_pages = 0  # of that engine's cache
@@ -207,7 +213,8 @@ class LLM:
         self._engine, self._num_pages = None, 0  # its memory is free for the new one
         config, kv = self.config, self.scheme.kv
         sizes = (config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
-        pages = pages_for_budget(int(memory_at_hand() * MEMORY_FRACTION), kv, *sizes)
+        budget = int(memory_at_hand(self.device) * MEMORY_FRACTION)
+        pages = pages_for_budget(budget, kv, *sizes)
         if pages < least:
             raise ResourceError(
                 f"The longest request needs {least * PAGE_SIZE} tokens of KV cache; the free "
@@ -216,12 +223,13 @@ class LLM:
         pages = min(pages, wanted if limit is None else min(wanted, limit))
         self._engine = Engine(
             self._decoder,
-            PoolShape(kv, *sizes).pool(pages),
+            PoolShape(kv, *sizes).pool(pages, self.device),
             tokenizer=self.tokenizer,
             eos_ids=self._eos_ids,
             max_requests=self._max_requests,
             enable_prefix_caching=self._prefix_caching,
             guess=guesser(self._speculative),
+            enforce_eager=self._enforce_eager,
             backend=self._backend,
         )
         self._num_pages = pages

@@ -1,7 +1,10 @@
 """Benches: what they count, when they stop growing, and what they print."""
 
+from pathlib import Path
+
 import pytest
 
+from helpers.tiny import write_tiny_llama
 from helpers.verbs import answer, refusal, run
 from qoq.bench import attention as bench_attention
 from qoq.bench import kernels as bench
@@ -128,7 +131,22 @@ def test_verbs_print_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["ablate"] is None
     less = answer("bench", "throughput", *shape, *sizes, "--ablate", "linear", "--threads", 1)
     assert (less["ablate"], less["threads"]) == ("linear", 1)
-    assert "tokens a second" in run("bench", "throughput", *shape, *sizes).stdout
+    assert (
+        "random weights of qwen2.5-0.5b, 1 layer,"
+        in run("bench", "throughput", *shape, *sizes).stdout
+    )
+
+
+def test_a_checkpoint_instead_of_random_weights(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    sizes = ["--prompt-len", 8, "--output-len", 2, "--batch", 2]
+    facts = answer("bench", "throughput", "--model", tmp_path, *sizes)
+    assert (facts["model"], facts["scheme"], facts["layers"]) == (str(tmp_path), "w16a16", 2)
+    assert "shape" not in facts
+    assert facts["decode_tok_s"] > 0
+    base = ("bench", "throughput", "--model", tmp_path)
+    assert "--layers is for random weights" in refusal(*base, "--layers", 1)
+    assert "context of 128" in refusal(*base, "--prompt-len", 127)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -43,7 +43,7 @@ def test_ppl_refuses(tiny: Path, packed: Path) -> None:
     assert "not both" in refusal("eval", "ppl", tiny, *both)
     assert "lower --seq-len" in refusal("eval", "ppl", tiny, "--seq-len", 129)
     assert "rtn-" in refusal("eval", "ppl", tiny, "--scheme", "awq-w4")
-    assert "1 window" in refusal("eval", "ppl", tiny, "--windows", 0)
+    assert "--windows" in refusal("eval", "ppl", "no-model", "--windows", 0)
     assert "heldout.txt beside" in refusal("eval", "ppl", packed, "--dataset", "heldout")
 
 

@@ -84,6 +84,8 @@ def test_quantize_refuses(tiny: Path, packed: Path, tmp_path: Path) -> None:
     assert not out.exists()
     again = run("quantize", tiny, "-o", packed, "--recipe", "rtn", status=1)
     assert "exists already" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert "This will take" not in again.stderr  # nothing was measured for it
     run("quantize", tiny, "-o", packed, "--recipe", "rtn", "--overwrite", "--no-eval")
 
 

@@ -129,7 +129,7 @@ def test_config_file_and_the_line_that_wins(asked: dict[str, Any], tmp_path: Pat
 
 
 def test_speculation_on_the_line_and_in_the_file(asked: dict[str, Any], tmp_path: Path) -> None:
-    wanted = SpeculativeConfig(4, prompt_lookup_max=5)
+    wanted = SpeculativeConfig(4, prompt_lookup_max=5, prompt_lookup_min=5)
     given = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5}'
     refusal("serve", "M", "--speculative_config", given)
     assert asked["options"].speculative == wanted
@@ -172,6 +172,8 @@ def test_options_of_other_engines_and_words_nearly_right() -> None:
 def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
     assert run("serve", "M", "--log-format", "xml", status=2)
     assert run("serve", "M", "--max-model-len", "long", status=2)
+    assert run("serve", "M", "--port", 65536, status=2)
+    assert "--threads takes" in refusal("serve", "M", "--threads", 0)
     assert run("serve", status=2)
     (tmp_path / "keys").write_text("# none yet\n")
     assert "no key" in refusal("serve", "M", "--api-key-file", tmp_path / "keys")

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from helpers.openai_server import Echo, echo_server
+from helpers.tiny import write_tiny_llama
 from helpers.verbs import SOURCE, answer, hear_ctrl_c, refusal, run
+from qoq import LLM, SamplingParams
+from qoq.cli.speaker import Choices, Local, speaker
 
 
 def test_a_server_is_asked_with_what_is_given() -> None:
@@ -37,6 +40,20 @@ def test_a_server_is_asked_with_what_is_given() -> None:
         assert run("complete", *base, "-q", "one two").stdout == "one twoone two \n"
         assert run("complete", *base, stdin="a b\n\nc\n").stdout == "a b \nc \n"
         assert "--api-key" in refusal("chat", "--base-url", echo.base_url)
+
+
+def test_a_model_here_chooses_as_its_generation_config_says(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.7, "top_k": 5, "max_new_tokens": 9}', encoding="utf-8")
+    given = Choices(max_tokens=3, top_k=2, seed=1)
+    who = speaker(str(tmp_path), None, None, given)
+    pieces = list(who.complete("hello w"))
+    wanted = SamplingParams(max_tokens=3, temperature=0.7, top_k=2, seed=1)
+    [output] = LLM(tmp_path).generate(["hello w"], wanted)
+    assert "".join(piece.text for piece in pieces) == output.text
+    assert isinstance(who, Local)
+    assert who.params == wanted
 
 
 def test_commands_of_a_conversation(tmp_path: Path) -> None:

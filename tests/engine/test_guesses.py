@@ -128,7 +128,7 @@ def test_every_answer_is_the_one_without_guesses(
     wanted = [echo.alone(prompt, SamplingParams(**own)) for prompt, own in asked]
     draw = random.Random(seed)
     answers: dict[Request, Output] = {}
-    lookup = LookupGuesser(SpeculativeConfig(many))
+    lookup = LookupGuesser(SpeculativeConfig(many, 3, 1))
 
     def guess(request: Request, count: int) -> list[int]:
         if not informed:

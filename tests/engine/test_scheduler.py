@@ -176,6 +176,8 @@ class Serving(RuleBasedStateMachine):
         for request, begin, stop, guessed in chunks:
             assert request in running
             assert (begin, stop <= len(request.ids)) == (request.num_cached, True)
+            longest = -(-max(request.max_length - 1, 1) // self.page_size)
+            assert len(request.pages) <= longest
             if guessed:
                 assert request.params is PARAMS
                 assert stop == len(request.ids)

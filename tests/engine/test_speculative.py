@@ -35,7 +35,7 @@ def brute_force(ids: list[int], count: int, longest: int, shortest: int) -> list
 def test_guesses_are_those_of_brute_force(
     pieces: list[list[int]], count: int, sizes: tuple[int, int]
 ) -> None:
-    lookup = PromptLookup(max_ngram=max(sizes), min_ngram=min(sizes))
+    lookup = PromptLookup(max(sizes), min(sizes))
     ids: list[int] = []
     for piece in pieces:
         ids += piece
@@ -70,6 +70,13 @@ def test_a_config_as_vllm_spells_it() -> None:
     assert config is not None
     assert asdict(config) == given
     assert SpeculativeConfig.of(config) is config
+    tokens = {"num_speculative_tokens": 5}
+    for some, sizes in (
+        ({}, (3, 3)),
+        ({"prompt_lookup_max": 4}, (4, 4)),
+        ({"prompt_lookup_min": 2}, (2, 2)),
+    ):
+        assert SpeculativeConfig.of({**tokens, **some}) == SpeculativeConfig(5, *sizes)
     assert SpeculativeConfig.of(None) is None
     assert "5 tokens" in str(config)
 
@@ -86,7 +93,10 @@ def test_a_config_as_vllm_spells_it() -> None:
         ({"num_speculative_tokens": 4, "method": "eagle"}, 'method must be "ngram"'),
         ({"num_speculative_tokens": 4, "model": "small"}, "has no 'model'"),
         ({"num_speculative_tokens": 4, "prompt_lookup_max": 0}, "prompt_lookup_max must be"),
-        ({"num_speculative_tokens": 4, "prompt_lookup_min": 4}, "prompt_lookup_min must be"),
+        (
+            {"num_speculative_tokens": 4, "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            "prompt_lookup_min must be",
+        ),
     ],
 )
 def test_bad_configs_are_refused_with_a_sentence(given: Any, wanted: str) -> None:
@@ -129,7 +139,7 @@ def test_the_sampler_draws_what_it_draws_token_by_token(
         return Request(prompt, params, max_length=len(prompt) + 25, eos_ids=(eos,))
 
     plain, guessing = fresh(), fresh()
-    sampler, lookup = Sampler(VOCAB), PromptLookup()
+    sampler, lookup = Sampler(VOCAB), PromptLookup(3, 1)
     while plain.finish_reason is None:
         choose(sampler, [plain], logits_after(plain.ids)[None])
     passes = 0
@@ -148,7 +158,7 @@ def test_the_sampler_draws_what_it_draws_token_by_token(
 
 def test_right_guesses_are_kept_up_to_the_first_wrong_one() -> None:
     request = Request([1, 2, 3, 4, 1, 2], SamplingParams(max_tokens=9), max_length=15)
-    guessed = PromptLookup().propose(request.ids, 4)
+    guessed = PromptLookup(3, 1).propose(request.ids, 4)
     assert guessed == [3, 4, 1, 2]
     logits = torch.full((5, VOCAB), -1.0)
     for row, i in enumerate([3, 4, 1, 9, 5]):

@@ -33,8 +33,11 @@ class StubDecoder:
         self.batches: list[Batch] = []
         self._logits_after = logits_after
 
-    def __call__(self, batch: Batch, kv: Sequence[Any], rows: Tensor, *, backend: str) -> Tensor:
+    def __call__(
+        self, batch: Batch, kv: Sequence[Any], rows: Tensor | None = None, *, backend: str
+    ) -> Tensor:
         assert backend == "oracle"
+        rows = torch.arange(batch.num_tokens) if rows is None else rows
         self.batches.append(batch)
         written = batch.slots.tolist()
         assert len(set(written)) == len(written), "two rows share a slot"

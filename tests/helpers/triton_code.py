@@ -213,7 +213,7 @@ class Compiler:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {
             "TRITON_CACHE_DIR": str(self._cache),
-            "PYTHONPATH": os.pathsep.join([str(_ROOT / "src"), str(_ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join(map(str, [_ROOT / "src", _ROOT / "tests", *sys.path])),
             "OMP_NUM_THREADS": "1",
         }
         child = Path(__file__).with_name("triton_child.py")

@@ -47,9 +47,14 @@ class NullModel:
         self._logits = torch.randn(most_rows, vocab_size)
 
     def __call__(
-        self, batch: Batch, kv: Sequence[KVPages], rows: Tensor, *, backend: str = "auto"
+        self,
+        batch: Batch,
+        kv: Sequence[KVPages],
+        rows: Tensor | None = None,
+        *,
+        backend: str = "auto",
     ) -> Tensor:
-        return self._logits[: rows.shape[0]]
+        return self._logits[: batch.num_tokens if rows is None else rows.shape[0]]
 
 
 def step_time(

@@ -108,7 +108,9 @@ class Invariance:
         self, asked: Sequence[Asked], num_pages: int | None = None, **options: Any
     ) -> Engine:
         need = sum(pages_for_tokens(len(a.prompt) + a.params.max_tokens, PAGE_SIZE) for a in asked)
-        pool = self._shape.pool(need if num_pages is None else num_pages)
+        pool = self._shape.pool(
+            need if num_pages is None else num_pages, self._decoder.embed.device
+        )
         options = {"max_requests": len(asked), "max_step_tokens": 1 << 20, **options}
         return Engine(self._decoder, pool, backend=self._backend, **options)
 

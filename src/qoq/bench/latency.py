@@ -65,14 +65,16 @@ def run(
     """
     config = decoder.config
     pages = batch * pages_needed(prompt_len + output_len, PAGE_SIZE)
-    pool = KVPool(kv, config.num_layers, pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    sizes = (config.num_layers, pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    pool = KVPool(kv, *sizes, device=decoder.embed.device)
+    # No prompt is like an earlier one, and none is to be kept.
+    engine = Engine(decoder, pool, max_requests=batch, enable_prefix_caching=False, backend=backend)
     draw = random.Random(seed)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     first: list[float] = []
     steps: list[float] = []
     whole: list[float] = []
     for turn in range(warmups + iterations):
-        engine = Engine(decoder, pool, max_requests=batch, backend=backend)  # nothing cached yet
         requests = [
             engine.add([draw.randrange(config.vocab_size) for _ in range(prompt_len)], params)
             for _ in range(batch)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from qoq.engine.engine import Engine, pages_needed
-from qoq.engine.request import SamplingParams
+from qoq.engine.request import Request, SamplingParams
 from qoq.formats.scheme import KVFormat
 from qoq.kvcache.pool import KVPool
 from qoq.models.decoder import Decoder
@@ -53,14 +53,15 @@ def run(
     output_len: int,
     backend: str = "auto",
     enforce_eager: bool = False,
+    warm_up: bool = False,
     seed: int = 0,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Throughput:
-    """Generate ``output_len`` tokens (2 or more) for ``batch`` random prompts at once.
+    """Generate ``output_len`` tokens (2 or more) for ``batch`` random prompts at once, where the
+    decoder's weights are. A 16-bit cache holds bf16.
 
-    A 16-bit cache holds bf16.
-
-    ``step`` is told the tokens generated so far and the total.
+    ``warm_up``: do so once before what counts, as GPUs want it, which compile kernels and record
+    graphs as they meet them. ``step`` is told the tokens generated so far and the total.
     """
     config = decoder.config
     pages = batch * pages_needed(prompt_len + output_len, PAGE_SIZE)
@@ -71,15 +72,24 @@ def run(
         config.num_kv_heads,
         PAGE_SIZE,
         config.head_dim,
+        device=decoder.embed.device,
         dtype=torch.bfloat16,
     )
-    engine = Engine(decoder, pool, max_requests=batch, backend=backend)
+    engine = Engine(decoder, pool, max_requests=batch, enforce_eager=enforce_eager, backend=backend)
     draw = random.Random(seed)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    requests = [
-        engine.add([draw.randrange(config.vocab_size) for _ in range(prompt_len)], params)
-        for _ in range(batch)
-    ]
+
+    def ask() -> list[Request]:
+        return [
+            engine.add([draw.randrange(config.vocab_size) for _ in range(prompt_len)], params)
+            for _ in range(batch)
+        ]
+
+    if warm_up:
+        ask()
+        while engine.unfinished:
+            engine.step()
+    requests = ask()
     start = time.perf_counter()
     read = 0.0
     early = 0  # tokens generated while prompts were still being read

@@ -44,7 +44,8 @@ def model_card(
     made = f"Quantized to **{_plain(manifest['scheme'])}** with the QoQ algorithm by `qoq`"
     made += f" {_plain(manifest['qoq_version'])}" if manifest.get("qoq_version") else ""
     made += f", from {_plain(base_model)}." if base_model else "."
-    lines += [made, "", "```sh", "qoq generate . --prompt 'Once upon a time'", "```", ""]
+    use = ["qoq serve .", "qoq generate . --prompt 'Once upon a time'"]
+    lines += [made, "", "```sh", *use, "```", ""]
     if rows:
         lines += ["## Accuracy", ""]
         if measured_on:

@@ -15,6 +15,27 @@ _CONFIG = "config.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
+def check_out(out: str | Path, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError if a checkpoint may not be written to the folder ``out``."""
+    path = Path(os.path.abspath(out))
+    if not path.name:
+        raise CheckpointError(f"{out} cannot be an output folder; name a new one.")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; choose another output folder.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{path} exists already. Choose another output folder, or replace it with --overwrite."
+        )
+    if not (path / _CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} holds no {_CONFIG}, so it is no model folder and is not overwritten."
+        )
+
+
 class PartialFolder:
     """``OUT.partial``; nothing is called OUT before ``publish``.
 
@@ -27,27 +48,9 @@ class PartialFolder:
         self.out = Path(os.path.abspath(out))
         self.path = self.out.with_name(self.out.name + SUFFIX)
         self.overwrite = overwrite
-        if not self.out.name:
-            raise CheckpointError(f"{out} cannot be an output folder; name a new one.")
-        self._check_out()
+        check_out(out, overwrite=overwrite)
         with disk_errors(self.out.parent):
             self._prepare(resume)
-
-    def _check_out(self) -> None:
-        if not os.path.lexists(self.out):
-            return
-        if self.out.is_symlink() or not self.out.is_dir():
-            raise CheckpointError(f"{self.out} is no folder; choose another output folder.")
-        if not any(self.out.iterdir()):
-            return
-        if not self.overwrite:
-            raise CheckpointError(
-                f"{self.out} exists already. Choose another output folder, or ask to overwrite it."
-            )
-        if not (self.out / _CONFIG).is_file():
-            raise CheckpointError(
-                f"{self.out} holds no {_CONFIG}, so it is no model folder and is not overwritten."
-            )
 
     def _prepare(self, resume: bool) -> None:
         if os.path.lexists(self.path):
@@ -75,7 +78,7 @@ class PartialFolder:
                     else:
                         entry.unlink()
             sync_folder(self.path)
-            self._check_out()  # another process may have made it since
+            check_out(self.out, overwrite=self.overwrite)  # another process may have made it since
             if self.out.is_dir() and any(self.out.iterdir()):
                 self._swap()
             else:

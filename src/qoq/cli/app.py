@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 
 from qoq import __version__
-from qoq.cli.bench import kernels, throughput
+from qoq.cli.bench import kernels
 from qoq.cli.bench_crossover import crossover
 from qoq.cli.bench_engine import engine, invariance
 from qoq.cli.bench_latency import latency
 from qoq.cli.bench_serve import serve as bench_serve
+from qoq.cli.bench_throughput import throughput
 from qoq.cli.chat import chat
 from qoq.cli.check_env import check_env
 from qoq.cli.complete import complete
@@ -62,6 +63,8 @@ def root(
         qoq eval ppl OUT --reference MODEL
 
         qoq generate OUT --prompt "Once upon a time"
+
+        qoq serve OUT
 
     MODEL is a folder or a hub id. `qoq VERB --help` explains each verb; --json gives one JSON
     object on stdout, with everything else on stderr. Errors are one sentence and status 1.

@@ -1,17 +1,25 @@
-"""``qoq bench``: kernels against the machine's roof, whole models in tokens per second."""
+"""``qoq bench kernels``: ops against the machine's roof; what benches share."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qoq.cli.options import JSON, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
+if TYPE_CHECKING:
+    from qoq.formats.scheme import QuantScheme
+    from qoq.kernels.device import Choice
+    from qoq.models.decoder import Decoder
+
 SHAPE = Annotated[
     str, typer.Option(help="Shapes of a real model, such as llama-3.2-1b or llama-3-8b.")
 ]
 SCHEME = Annotated[str, typer.Option(help="w4a8kv4-g128, w4a8kv4, w8a8kv8, w4a8k8v4-g128, ...")]
 LAYERS = Annotated[int | None, typer.Option(help="Only this many layers. Default: all.")]
+MODEL = Annotated[
+    str | None, typer.Option(help="Measure this checkpoint or folder, not random weights.")
+]
 
 
 @verb()
@@ -94,106 +102,52 @@ def kernels(
         )
 
 
-@verb()
-def throughput(
-    shape: SHAPE = "llama-3.2-1b",
-    scheme: SCHEME = "w4a8kv4-g128",
-    layers: LAYERS = None,
-    prompt_len: Annotated[int, typer.Option(help="Prompt tokens of each request.")] = 1024,
-    output_len: Annotated[int, typer.Option(help="New tokens of each request.")] = 512,
-    batch: Annotated[
-        int | None,
-        typer.Option(help="Requests at once. Default: 1, 2, 4, ... until throughput peaks."),
-    ] = None,
-    most: Annotated[int, typer.Option(help="Largest batch to try.")] = 256,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Accepted for clarity: weights are random.")
-    ] = True,
-    ablate: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure without a part of the system. linear: every linear, lm_head too, takes "
-            "float rows, dequantizes its packed weight to bf16 in each call and leaves the product "
-            "to torch in bf16. (The other half is the KV cache: w4a8-g128 has one of bf16.)"
-        ),
-    ] = None,
-    threads: THREADS = None,
-    json: JSON = False,
-) -> None:
-    """Tokens per second of a whole model with random weights of real shapes, through the engine.
-
-    The paper's protocol by default: 1024 tokens in, 512 out, the batch grown until throughput peaks
-    ("maximum achievable throughput").
-
-        qoq bench throughput --shape llama-3.2-1b --prompt-len 256 --output-len 32 --batch 32
-
-        qoq bench throughput --prompt-len 256 --output-len 32 --batch 32 --ablate linear
-
-    --json prints the best run: prefill_tok_s, decode_tok_s, output_tok_s, total_tok_s, batch,
-    prompt_len, output_len, seconds, kv_cache_bytes, and isa, threads, peak_rss_bytes, shape,
-    scheme, ablate, runs (every batch), command, commit, hardware.
-    """
-    import torch
-
-    from qoq.bench.ablation import dequantize_linears
+def measured(
+    model: str | None,
+    shape: str,
+    scheme: str,
+    layers: int | None,
+    where: "Choice",
+    *,
+    backend: str = "auto",
+    quiet: bool = False,
+) -> tuple["Decoder", "QuantScheme", dict[str, str]]:
+    """What a bench of whole models runs and its name: ``model``, or random weights of ``shape``."""
     from qoq.bench.random_weights import random_decoder
     from qoq.bench.shapes import config_of
-    from qoq.bench.throughput import Throughput, grow, peak_rss_bytes, run
     from qoq.errors import RequestError
     from qoq.formats.scheme import QuantScheme
+    from qoq.models.load import load_model
 
-    if ablate not in (None, "linear"):
-        raise RequestError(f"--ablate takes linear, not {ablate!r}.")
-    if prompt_len < 1 or output_len < 2 or (batch is not None and batch < 1):
-        raise RequestError("prompt-len and batch must be 1 or more, output-len 2 or more.")
-    need_kernels()
-    use_threads(threads)
-    config, parsed = config_of(shape, layers), QuantScheme.parse(scheme)
-    if not json:
+    if model is not None:
+        if layers is not None:
+            raise RequestError("--layers is for random weights; --model is measured whole.")
+        loaded = load_model(model, backend=backend, device=where.device)
+        return loaded.decoder, loaded.scheme, {"model": model}
+    parsed, config = QuantScheme.parse(scheme), config_of(shape, layers)
+    if not quiet:
         note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-    decoder = random_decoder(config, parsed, backend="oracle" if ablate else "auto")
-    if ablate:
-        torch.set_num_threads(what_runs()["threads"])
-        decoder = dequantize_linears(decoder)
-    with bar("generating", quiet=json) as progress:
+    decoder = random_decoder(config, parsed, backend=backend, device=where.device)
+    return decoder, parsed, {"shape": shape}
 
-        def measure(size: int) -> Throughput:
-            def step(done: int, total: int) -> None:
-                progress(done, total, f"batch {size}")
 
-            return run(
-                decoder,
-                parsed.kv,
-                batch=size,
-                prompt_len=prompt_len,
-                output_len=output_len,
-                step=step,
-            )
+def check_context(decoder: "Decoder", prompt_len: int, output_len: int) -> None:
+    """Raise RequestError where requests of this size do not fit the model."""
+    from qoq.errors import RequestError
 
-        runs = [measure(batch)] if batch is not None else list(grow(measure, most))
-    best = max(runs, key=lambda result: result.output_tok_s)
-    facts = {
-        "shape": shape,
-        "scheme": parsed.name,
-        "ablate": ablate,
-        "layers": config.num_layers,
-        **best.to_dict(),
-        **what_runs(),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "runs": [result.to_dict() for result in runs],
-        **origin(),
-    }
-    if json:
-        emit(facts)
-        return
-    without = f" without our {ablate}" if ablate else ""
-    print(f"{shape}, {parsed.name}{without}, {facts['isa']}, {facts['threads']} threads")
-    print("batch   prefill    decode    output     total  (tokens a second)")
-    for result in runs:
-        print(
-            f"{result.batch:5} {result.prefill_tok_s:9.1f} {result.decode_tok_s:9.1f} "
-            f"{result.output_tok_s:9.1f} {result.total_tok_s:9.1f}"
+    context = decoder.config.max_positions
+    if prompt_len + output_len > context:
+        raise RequestError(
+            f"{prompt_len} tokens in and {output_len} out are more than the model's context of "
+            f"{context}; lower --prompt-len or --output-len."
         )
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """What was measured, on what."""
+    name = facts.get("model") or f"random weights of {facts['shape']}"
+    layers = f"{facts['layers']} layer" + ("s" if facts["layers"] != 1 else "")
+    return f"{name}, {layers}, {facts['scheme']}, {machine(facts)}"
 
 
 def need_kernels() -> None:
@@ -216,11 +170,19 @@ def numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def what_runs() -> dict[str, Any]:
-    """The instruction set and threads of the CPU kernels."""
+def what_runs(where: "Choice | None" = None) -> dict[str, Any]:
+    """The device (None: the CPU), and the instruction set and threads of kernels on the CPU."""
     from qoq.kernels.cpu.backend import backend
 
-    return {"isa": backend().isa, "threads": backend().threads}
+    if where is not None and where.device.type != "cpu":
+        return {"device": str(where), "isa": None, "threads": None}
+    return {"device": "cpu", "isa": backend().isa, "threads": backend().threads}
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """What ``what_runs`` says, for people."""
+    on_cpu = facts["isa"] is not None
+    return f"{facts['isa']}, {facts['threads']} threads" if on_cpu else str(facts["device"])
 
 
 def origin() -> dict[str, Any]:

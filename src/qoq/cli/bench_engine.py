@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from qoq.cli.bench import numbers, origin
-from qoq.cli.options import CHECKPOINT, JSON
+from qoq.cli.options import CHECKPOINT, DEVICE, JSON
 from qoq.cli.terminal import bar, emit, verb
 
 
@@ -61,6 +61,7 @@ def invariance(
         str, typer.Option(help="Prompt tokens a step reads, with commas.")
     ] = "2,16,33,100,257",
     seed: Annotated[int, typer.Option(help="Chooses prompts, neighbours and places.")] = 0,
+    device: DEVICE = "auto",
     json: JSON = False,
 ) -> None:
     """Check that a request's tokens and log-probabilities do not depend on what runs beside it.
@@ -74,6 +75,7 @@ def invariance(
     commit, hardware.
     """
     from qoq.bench.invariance import Invariance
+    from qoq.kernels.device import choose_device
     from qoq.models.load import load_model
 
     sizes, pieces = numbers(batches, "--batches"), numbers(chunks, "--chunks")
@@ -83,7 +85,8 @@ def invariance(
         names = [name.strip() for name in backend.split(",")]
         total = len(names) * (len(sizes) + len(pieces) + 4)
         for name in names:
-            model = load_model(checkpoint, backend=name)
+            where = choose_device(device, name).device
+            model = load_model(checkpoint, backend=name, device=where)
             scheme = model.scheme.name
             tried = Invariance(model.decoder, model.scheme.kv, backend=name, seed=seed)
             for trial in tried.trials(sizes, pieces):

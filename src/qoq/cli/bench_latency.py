@@ -4,16 +4,24 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.bench import LAYERS, SCHEME, SHAPE, origin, what_runs
-from qoq.cli.options import JSON, THREADS, use_threads
-from qoq.cli.terminal import bar, emit, note, verb
+from qoq.cli.bench import (
+    LAYERS,
+    MODEL,
+    SCHEME,
+    SHAPE,
+    check_context,
+    headline,
+    measured,
+    origin,
+    what_runs,
+)
+from qoq.cli.options import DEVICE, JSON, THREADS, use_threads
+from qoq.cli.terminal import bar, emit, verb
 
 
 @verb()
 def latency(
-    model: Annotated[
-        str | None, typer.Option(help="Measure this checkpoint or folder, not random weights.")
-    ] = None,
+    model: MODEL = None,
     shape: SHAPE = "llama-3.2-1b",
     scheme: SCHEME = "w4a8kv4-g128",
     layers: LAYERS = None,
@@ -24,6 +32,7 @@ def latency(
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Requests at once.")] = 1,
     num_iters: Annotated[int, typer.Option(help="Runs to time.")] = 5,
     num_iters_warmup: Annotated[int, typer.Option(help="Runs ahead of those.")] = 1,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -34,34 +43,19 @@ def latency(
         qoq bench latency --shape llama-3.2-1b --prompt-len 512 --output-len 64 --batch 8
 
     --json prints: batch, prompt_len, output_len, iterations, ttft_ms, step_ms and e2el_ms (each
-    with mean, p50, p90, p99, max), model or shape, scheme, layers, isa, threads, command, commit,
-    hardware.
+    with mean, p50, p90, p99, max), model or shape, scheme, layers, device, isa, threads, command,
+    commit, hardware.
     """
     from qoq.bench.latency import run
-    from qoq.bench.random_weights import random_decoder
-    from qoq.bench.shapes import config_of
     from qoq.errors import RequestError
-    from qoq.formats.scheme import QuantScheme
+    from qoq.kernels.device import choose_device
 
     if min(prompt_len, batch, num_iters) < 1 or output_len < 2 or num_iters_warmup < 0:
         raise RequestError("prompt-len, batch and num-iters must be 1 or more, output-len 2.")
     use_threads(threads)
-    if model is not None:
-        from qoq.models.load import load_model
-
-        loaded = load_model(model)
-        decoder, parsed, what = loaded.decoder, loaded.scheme, {"model": model}
-    else:
-        parsed, config = QuantScheme.parse(scheme), config_of(shape, layers)
-        if not json:
-            note(f"making random weights: {shape}, {config.num_layers} layers, {parsed.name}")
-        decoder, what = random_decoder(config, parsed), {"shape": shape}
-    context = decoder.config.max_positions
-    if prompt_len + output_len > context:
-        raise RequestError(
-            f"{prompt_len} tokens in and {output_len} out are more than the model's context of "
-            f"{context}; lower --prompt-len or --output-len."
-        )
+    where = choose_device(device)
+    decoder, parsed, what = measured(model, shape, scheme, layers, where, quiet=json)
+    check_context(decoder, prompt_len, output_len)
     with bar("runs", quiet=json) as progress:
         result = run(
             decoder,
@@ -78,16 +72,13 @@ def latency(
         "scheme": parsed.name,
         "layers": decoder.config.num_layers,
         **result.to_dict(),
-        **what_runs(),
+        **what_runs(where),
         **origin(),
     }
     if json:
         emit(facts)
         return
-    print(
-        f"{model or shape}, {parsed.name}, {facts['isa']}, {facts['threads']} threads: "
-        f"{batch} x ({prompt_len} in, {output_len} out)"
-    )
+    print(f"{headline(facts)}: {batch} x ({prompt_len} in, {output_len} out)")
     print(f"{'ms':14}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}")
     for name, key in (("first token", "ttft_ms"), ("step", "step_ms"), ("whole", "e2el_ms")):
         print(f"{name:14}" + "".join(f"{value:10.2f}" for value in facts[key].values()))

@@ -9,6 +9,7 @@ import typer
 
 from qoq.cli.options import (
     API_KEY,
+    DEVICE,
     JSON,
     MAX_TOKENS,
     MAYBE_MODEL,
@@ -53,6 +54,7 @@ def chat(
     seed: SAMPLING_SEED = None,
     speculative_config: SPECULATIVE = None,
     threads: THREADS = None,
+    device: DEVICE = "auto",
     json: JSON = False,
 ) -> None:
     """Talk with a model through its own chat template, or with a server.
@@ -76,7 +78,7 @@ def chat(
         raise RequestError("--json answers one message: add --message TEXT.")
     use_threads(threads)
     choices = Choices(max_tokens, temperature, top_p, top_k, seed)
-    who = speaker(model, base_url, api_key, choices, speculative_config, quiet=json)
+    who = speaker(model, base_url, api_key, choices, speculative_config, device=device, quiet=json)
     if message is None:
         Conversation(who, system).run()
         return

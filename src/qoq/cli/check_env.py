@@ -1,22 +1,18 @@
 """``qoq check-env``: what this machine has, and what really runs each op."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from qoq.cli.options import JSON
+from qoq.cli.options import DEVICE, JSON
 from qoq.cli.terminal import emit, verb
 
 
 @verb()
-def check_env(
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu", json: JSON = False
-) -> None:
+def check_env(device: DEVICE = "auto", json: JSON = False) -> None:
     """Show versions, hardware and, per op, the implementation that runs.
 
     --json prints: qoq_version, hardware (cpu, cores, threads, memory_gb, torch, python, system),
     memory_free_gb, gpus (names), cpu_kernels (isa, usable_isas, threads; or missing, the reason),
-    device, ops (op -> implementation).
+    device (and why it), ops (op -> implementation).
 
     QOQ_ISA and QOQ_NUM_THREADS choose the instruction set and the threads of the CPU kernels.
     """
@@ -25,9 +21,10 @@ def check_env(
 
     from qoq import __version__
     from qoq.evaluate.provenance import hardware
+    from qoq.kernels.device import choose_device
     from qoq.kernels.dispatch import describe
 
-    check_device(device)
+    where = choose_device(device)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = {
         "qoq_version": __version__,
@@ -35,8 +32,8 @@ def check_env(
         "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "gpus": gpus,
         "cpu_kernels": _cpu_kernels(),
-        "device": device,
-        "ops": dict(describe(device)),
+        "device": str(where),
+        "ops": dict(describe(where.device)),
     }
     if json:
         emit(facts)
@@ -52,6 +49,7 @@ def check_env(
     else:
         usable = ", ".join(native["usable_isas"])
         print(f"CPU kernels: {native['isa']} (of {usable}), {native['threads']} threads")
+    print(f"models run on: {facts['device']}")
     for op, what in facts["ops"].items():
         print(f"{op:16} {what}")
 

@@ -7,6 +7,7 @@ import typer
 
 from qoq.cli.options import (
     API_KEY,
+    DEVICE,
     JSON,
     MAX_TOKENS,
     MAYBE_MODEL,
@@ -40,6 +41,7 @@ def complete(
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
     speculative_config: SPECULATIVE = None,
+    device: DEVICE = "auto",
     json: JSON = False,
 ) -> None:
     """Continue texts, each line on its own, by a model or a server.
@@ -59,7 +61,7 @@ def complete(
     if json and prompt is None:
         raise RequestError("--json continues one text: add --prompt TEXT.")
     choices = Choices(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    who = speaker(model, base_url, api_key, choices, speculative_config, quiet=json)
+    who = speaker(model, base_url, api_key, choices, speculative_config, device=device, quiet=json)
     if prompt is None:
         _converse(who)
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qoq.cli.bench import origin
-from qoq.cli.options import API_KEY, JSON, MAYBE_MODEL, SERVER, THREADS, use_threads
+from qoq.cli.options import API_KEY, DEVICE, JSON, MAYBE_MODEL, SERVER, THREADS, use_threads
 from qoq.cli.serve_command import count
 from qoq.cli.terminal import as_json, duration, emit, note, verb
 
@@ -105,6 +105,7 @@ def lm(
     num_concurrent: Annotated[
         int, typer.Option(help="Requests in flight.", rich_help_panel=_SERVER)
     ] = 64,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     save: Annotated[
         Path | None,
@@ -159,7 +160,9 @@ def lm(
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         if base_url is None:
-            asked, scheme = stack.enter_context(_served(str(model), max_model_len, num_concurrent))
+            asked, scheme = stack.enter_context(
+                _served(str(model), max_model_len, num_concurrent, device)
+            )
         else:
             asked, scheme = _running(base_url, api_key, model, max_model_len, num_concurrent)
         asked = _prepared(asked, tokenizer, chat, apply_chat_template, add_bos_token)
@@ -197,7 +200,9 @@ def lm(
 
 
 @contextlib.contextmanager
-def _served(model: str, length: int | None, at_once: int) -> Iterator[tuple["Asked", str | None]]:
+def _served(
+    model: str, length: int | None, at_once: int, device: str
+) -> Iterator[tuple["Asked", str | None]]:
     """MODEL behind a server of this process."""
     from qoq.client.api import Endpoint
     from qoq.evaluate.harness import Asked
@@ -205,7 +210,9 @@ def _served(model: str, length: int | None, at_once: int) -> Iterator[tuple["Ask
     from qoq.server.model import EngineOptions, load_served_model
     from qoq.server.settings import ServerSettings
 
-    options = EngineOptions(max_model_len=length, max_num_seqs=at_once, generation_config="vllm")
+    options = EngineOptions(
+        max_model_len=length, max_num_seqs=at_once, generation_config="vllm", device=device
+    )
     served = load_served_model(model, options)
     with background(served, ServerSettings((model,), max_queued=at_once)) as server:
         asked = Asked(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qoq.cli.options import CALIBRATION, JSON, SEED, THREADS, use_threads
+from qoq.cli.options import CALIBRATION, DEVICE, JSON, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @verb()
 def ppl(
-    model: Annotated[str, typer.Argument(help="Packed checkpoint, source folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Packed checkpoint, source folder or hub id.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to judge on: .txt or .txt.xz.")
     ] = None,
@@ -54,6 +56,7 @@ def ppl(
         int, typer.Option(help="Tokens per calibration sample (with --scheme).")
     ] = 1024,
     seed: SEED = 0,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -77,12 +80,16 @@ def ppl(
     top1_agreement (null without a reference; a perplexity beyond all bounds is null too).
     """
     from qoq.checkpoint.hf import resolve_source
+    from qoq.errors import RequestError
     from qoq.evaluate.perplexity import evaluate
     from qoq.evaluate.simulate import Calibrated, parse_simulation, simulate
     from qoq.evaluate.texts import windows as cut
+    from qoq.kernels.device import choose_device
     from qoq.models.load import load_model
     from qoq.tokenizer import Tokenizer
 
+    if windows is not None and windows < 1:
+        raise RequestError(f"--windows must be 1 or more, not {windows}.")
     use_threads(threads)
     simulation = parse_simulation(scheme) if scheme else None
     folder = resolve_source(model)
@@ -92,14 +99,15 @@ def ppl(
     tokenizer = Tokenizer.load(folder)
     length = seq_len or default_seq_len(folder)
     parts = cut(found, tokenizer, length, windows)
-    beside = load_model(other) if other else None
+    where = str(choose_device(device).device)
+    beside = load_model(other, device=where) if other else None
     if simulation:
         name, recipe = simulation
         with bar(f"quantizing to {scheme}", quiet=json) as steps:
             calibrated = Calibrated(calibration, samples, calibration_seq_len, seed)
-            loaded = simulate(folder, name, recipe, calibrated, steps=steps)
+            loaded = simulate(folder, name, recipe, calibrated, device=where, steps=steps)
     else:
-        loaded = load_model(folder)
+        loaded = load_model(folder, device=where)
     with bar(f"judging on {found.name}", quiet=json) as update:
         result = evaluate(loaded, parts, beside, progress=update)
     answer: dict[str, Any] = {

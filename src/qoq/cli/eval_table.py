@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qoq.cli.eval_ppl import choose_text, default_seq_len
-from qoq.cli.options import CALIBRATION, JSON, SEED, THREADS, use_threads
+from qoq.cli.options import CALIBRATION, DEVICE, JSON, SEED, THREADS, use_threads
 from qoq.cli.terminal import bar, emit, note, verb
 
 QUICK_WINDOWS, QUICK_SAMPLES = 8, 32
@@ -18,7 +18,9 @@ WINDOWS, SAMPLES = 24, 128
 
 @verb("Rows that were finished are in the --save file; --resume goes on with them.")
 def table(
-    source: Annotated[str, typer.Argument(help="Full-precision model: folder or hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Full-precision model: folder or hub id.")
+    ],
     rows: Annotated[
         str,
         typer.Option(
@@ -68,6 +70,7 @@ def table(
             help="Take over rows of the --save file (same settings; measured by the same code).",
         ),
     ] = False,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -94,6 +97,7 @@ def table(
     from qoq.evaluate.table import Row, known_results, measure
     from qoq.evaluate.texts import windows as cut
     from qoq.formats.scheme import QuantScheme
+    from qoq.kernels.device import choose_device
     from qoq.quantize.recipe import load_recipe
     from qoq.tokenizer import Tokenizer
 
@@ -115,12 +119,14 @@ def table(
         raise TextError("Two texts have the same name; rename one of the files.")
     count = samples or (QUICK_SAMPLES if quick else SAMPLES)
     calibrated = Calibrated(calibration, count, calibration_seq_len, seed)
+    where = str(choose_device(device).device)
     settings: dict[str, Any] = {
         "source": folder.name,
         "calibration": calibrated.to_dict(),
         "texts": [
             {"name": name, "seq_len": length, "windows": len(part)} for name, part in parts.items()
         ],
+        **({} if where == "cpu" else {"device": where}),
     }
     measured: dict[str, Any] = {**provenance(sys.argv[1:]), **settings, "tables": {}}
     known = {}
@@ -139,7 +145,16 @@ def table(
     if not json:
         note(_announcement(measured, sum(map(len, tables.values()))))
     with bar("rows", quiet=json) as report:
-        measure(folder, tables, parts, calibrated, known=known, report=report, finished=keep)
+        measure(
+            folder,
+            tables,
+            parts,
+            calibrated,
+            known=known,
+            report=report,
+            finished=keep,
+            device=where,
+        )
     if json:
         emit(measured)
         return
@@ -149,7 +164,9 @@ def table(
 
 @verb()
 def render(
-    results: Annotated[Path, typer.Argument(help="What `qoq eval table --save` wrote.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="RESULTS", help="What `qoq eval table --save` wrote.")
+    ],
     into: Annotated[
         list[Path] | None, typer.Option(help="Document to fill (repeatable). Default: print.")
     ] = None,

@@ -8,6 +8,7 @@ import typer
 
 from qoq.cli.options import (
     ANY_MODEL,
+    DEVICE,
     JSON,
     MAX_TOKENS,
     SAMPLING_SEED,
@@ -34,6 +35,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
     speculative_config: SPECULATIVE = None,
+    device: DEVICE = "auto",
     threads: THREADS = None,
     json: JSON = False,
 ) -> None:
@@ -60,7 +62,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     use_threads(threads)
-    llm = LLM(model, speculative_config=speculative_config)
+    llm = LLM(model, speculative_config=speculative_config, device=device)
     if not json:
         pieces = llm.stream(prompt, params)  # a prompt that cannot be run is refused here
         print(prompt, end="", flush=True)

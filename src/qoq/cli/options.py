@@ -5,13 +5,25 @@ from typing import Annotated, Any
 
 import typer
 
-CHECKPOINT = Annotated[str, typer.Argument(help="A packed checkpoint, as `qoq quantize` writes.")]
+CHECKPOINT = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A packed checkpoint, as `qoq quantize` writes.")
+]
 ANY_MODEL = Annotated[
-    str, typer.Argument(help="Packed checkpoint, or a full-precision folder or hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Packed checkpoint, or a full-precision folder or hub id."
+    ),
 ]
 THREADS = Annotated[
     int | None,
     typer.Option(help="Threads of the CPU kernels. Default: QOQ_NUM_THREADS, or all CPUs granted."),
+]
+DEVICE = Annotated[
+    str,
+    typer.Option(
+        help="Where it runs: cpu, cuda, cuda:N or auto (a GPU that our kernels run on, if there is "
+        "one)."
+    ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, no more.")]
 CALIBRATION = Annotated[
@@ -51,12 +63,13 @@ OVERWRITE_FILE = Annotated[
 MAYBE_MODEL = Annotated[
     str | None,
     typer.Argument(
+        metavar="MODEL",
         help="Packed checkpoint, full-precision folder or hub id; with --base-url a model's name "
         "there.",
         show_default=False,
     ),
 ]
-_DEFAULT = " Default: the server's; of a model loaded here "
+_DEFAULT = " Default: the server's; of a model loaded here that of its generation_config.json, or "
 MAYBE_TEMPERATURE = Annotated[
     float | None, typer.Option("--temperature", "--temp", help=f"0: greedy.{_DEFAULT}0.")
 ]
@@ -82,8 +95,7 @@ def mapping(value: str | dict[str, Any]) -> dict[str, Any]:
 
 SPECULATIVE_HELP = (
     "Guess tokens from what stands in the prompt and the text; no answer changes, repetitive ones "
-    'come sooner: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, '
-    '"prompt_lookup_min": 1}.'
+    'come sooner: {"method": "ngram", "num_speculative_tokens": 4}.'
 )
 SPECULATIVE = Annotated[
     dict[str, Any] | None, typer.Option(parser=mapping, metavar="JSON", help=SPECULATIVE_HELP)

@@ -27,7 +27,7 @@ class FileFormat(StrEnum):
 
 @verb()
 def import_qserve(
-    folder: Annotated[Path, typer.Argument(help="QServe/OmniServe checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="QServe/OmniServe checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
     kv: Annotated[
         int, typer.Option(help="Bits of the KV cache: 4, 8 or 16. QServe's files don't say.")

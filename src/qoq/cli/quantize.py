@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @verb("Finished layers are kept in OUT.partial: the same command goes on there.")
 def quantize(
-    model: Annotated[str, typer.Argument(help="Full-precision model: folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Full-precision model: folder or hub id.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
     scheme: Annotated[
         str,

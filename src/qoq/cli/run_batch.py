@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qoq.cli.options import JSON, OVERWRITE_FILE
+from qoq.cli.options import DEVICE, JSON, OVERWRITE_FILE, THREADS, use_threads
 from qoq.cli.terminal import bar, duration, emit, note, verb
 
 
@@ -34,6 +34,8 @@ def run_batch(
     kv_tokens: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache. Default: as free memory allows.")
     ] = None,
+    device: DEVICE = "auto",
+    threads: THREADS = None,
     overwrite: OVERWRITE_FILE = False,
     json: JSON = False,
 ) -> None:
@@ -56,6 +58,7 @@ def run_batch(
     from qoq.llm import LLM
 
     check_parser(tool_call_parser)
+    use_threads(threads)
     if not input_file.is_file():
         raise SourceError(f"There is no file {input_file}.")
     if output_file.exists() and output_file.samefile(input_file):
@@ -63,7 +66,7 @@ def run_batch(
     with Results(output_file, overwrite=overwrite) as results:
         if results.resumed and not json:
             note(f"{results.resumed} answers are there already.")
-        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens)
+        llm = LLM(model, max_requests=max_num_seqs, kv_tokens=kv_tokens, device=device)
         engine = llm.new_engine()
         read_by = Model(
             name=served_model_name or model,
@@ -91,7 +94,7 @@ def run_batch(
         emit(facts)
         return
     print(
-        f"{output_file}: {tally.done} answers, {tally.failed} of them errors; "
+        f"{output_file}: answers to {tally.done} requests, {tally.failed} of them errors; "
         f"{tally.tokens} new tokens in {duration(seconds)}, "
         f"{tally.tokens / max(seconds, 1e-9):.1f} tokens/s"
     )

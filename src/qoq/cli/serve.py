@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, mapping
+from qoq.cli.options import ANY_MODEL, SPECULATIVE_HELP, THREADS, mapping, use_threads
 from qoq.cli.serve_command import count, several
 from qoq.cli.terminal import verb
 from qoq.errors import RequestError
@@ -25,7 +25,8 @@ def serve(
         str, typer.Option(help="Address; 0.0.0.0 for all.", rich_help_panel=_HTTP)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel=_HTTP)
+        int,
+        typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=_HTTP),
     ] = 8000,
     served_model_name: Annotated[
         list[str] | None,
@@ -141,9 +142,21 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = 600.0,
-    backend: Annotated[
-        str, typer.Option(help="auto, cpu or oracle.", rich_help_panel=_ENGINE)
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, cuda:N or auto: a GPU that our kernels run on, if there is one.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = "auto",
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="No CUDA graphs.", rich_help_panel=_ENGINE),
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(help="auto, cpu, gpu or oracle.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    threads: THREADS = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -158,8 +171,13 @@ def serve(
     ] = 60.0,
     max_request_bytes: Annotated[
         int,
-        typer.Option(parser=count, metavar="BYTES", help="Largest body.", rich_help_panel=_HTTP),
-    ] = 32 << 20,
+        typer.Option(
+            parser=count,
+            metavar="BYTES",
+            help="Largest body. All streams wait while one is parsed, up to 0.1 s a megabyte.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = 16 << 20,
     root_path: Annotated[
         str, typer.Option(help="Path a proxy puts before ours.", rich_help_panel=_HTTP)
     ] = "",
@@ -251,6 +269,8 @@ def serve(
         speculative=SpeculativeConfig.of(speculative_config),
         tool_call_parser=tool_call_parser,
         enable_auto_tool_choice=enable_auto_tool_choice,
+        device=device,
+        enforce_eager=enforce_eager,
         backend=backend,
     )
     transport = Transport(
@@ -260,6 +280,7 @@ def serve(
         log_format=log_format,
         log_level=uvicorn_log_level,
     )
+    use_threads(threads)
     with bind(host, port) as sock:
         configure_logs(transport.log_format, transport.log_level)
         served = load_served_model(model, options)

@@ -17,7 +17,9 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Choices:
-    """How tokens are chosen; None: as the server likes, or greedy for a model loaded here."""
+    """How tokens are chosen; None: as the server likes, or the generation_config.json of a model
+    loaded here.
+    """
 
     max_tokens: int
     temperature: float | None = None
@@ -51,11 +53,12 @@ def speaker(
     choices: Choices,
     speculative: Mapping[str, Any] | None = None,
     *,
+    device: str = "auto",
     quiet: bool = False,
 ) -> Speaker:
     """The server at ``base_url`` (``model`` is then a name it knows), or ``model`` loaded here.
 
-    speculative: how a model that is loaded here guesses tokens.
+    speculative: how a model that is loaded here guesses tokens; device: where that runs.
     """
     from qoq.errors import RequestError
 
@@ -71,11 +74,13 @@ def speaker(
         return Remote(endpoint, name, choices)
     if model is None:
         raise RequestError("Name a model to load, or a server with --base-url.")
+    from qoq.engine.defaults import sampling_defaults, with_defaults
     from qoq.engine.request import SamplingParams
     from qoq.llm import LLM
 
-    params = SamplingParams(**choices.given())  # bad values are refused before a model is loaded
-    return Local(LLM(model, speculative_config=speculative), params)
+    SamplingParams(**choices.given())  # bad values are refused before a model is loaded
+    llm = LLM(model, speculative_config=speculative, device=device)
+    return Local(llm, with_defaults(sampling_defaults(llm.path), **choices.given()))
 
 
 class Remote:
@@ -105,8 +110,8 @@ class Local:
     """A model in this process."""
 
     def __init__(self, llm: "LLM", params: "SamplingParams") -> None:
+        self.params = params
         self._llm = llm
-        self._params = params
 
     def check_chat(self) -> None:
         self._llm.tokenizer.encode_chat([{"role": "user", "content": "?"}])
@@ -120,7 +125,7 @@ class Local:
     def _continue(self, ids: list[int]) -> "Iterator[Piece]":
         from qoq.client.answers import Piece
 
-        updates = self._llm.stream_updates(ids, self._params)  # refused here if it cannot be run
+        updates = self._llm.stream_updates(ids, self.params)  # refused here if it cannot be run
 
         def pieces() -> "Iterator[Piece]":
             for update in updates:

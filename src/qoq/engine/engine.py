@@ -9,10 +9,13 @@ cached prefixes or on being thrown out and read again (docs/numerics.md).
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-from qoq.engine.logprobs import forward
+from qoq.engine.logprobs import forward, unscored
+from qoq.engine.plan import Chunk
 from qoq.engine.request import Request, SamplingParams, Update
 from qoq.engine.rows import Rows
 from qoq.engine.sampler import Sampler
@@ -22,6 +25,7 @@ from qoq.engine.structured import Grammars
 from qoq.errors import RequestError
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.decoder import Decoder
+from qoq.models.graphs import DecodeGraphs, Progress, recorder
 from qoq.tokenizer import Tokenizer
 
 
@@ -44,6 +48,7 @@ class Engine:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         guess: Guess | None = None,
+        enforce_eager: bool = False,
         backend: str = "auto",
     ) -> None:
         """max_requests run at a time; a step reads max_step_tokens tokens, prompts' and new ones
@@ -52,8 +57,9 @@ class Engine:
         ``eos_ids`` end a text; max_model_len bounds prompt and new tokens together (None: the
         model's context); with enable_prefix_caching a prompt that begins like an earlier one is not
         computed anew; ``guess(request, count)`` gives ids, ``count`` at most, that may follow a
-        request's own: right or wrong, they change no token (see ``speculative``); ``backend`` is
-        passed on to every op of the decoder, whose weights must have been loaded for it.
+        request's own: right or wrong, they change no token (see ``speculative``); on a GPU, decode
+        steps are recorded and replayed unless enforce_eager (see ``graphs``); ``backend`` is passed
+        on to every op of the decoder, whose weights must have been loaded for it.
         """
         context = decoder.config.max_positions
         if max_model_len is not None and not 2 <= max_model_len <= context:
@@ -73,6 +79,16 @@ class Engine:
         self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
         self._rows = Rows(max_requests, most_pages, pool.page_size, device)
+        record = None if enforce_eager else recorder(device)
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            self._graphs = DecodeGraphs(
+                lambda batch: decoder(batch, pool.layers, backend=backend),
+                max_requests,
+                most_pages,
+                device,
+                record,
+            )
         self._scheduler = Scheduler(
             pool.num_pages,
             pool.page_size,
@@ -149,10 +165,21 @@ class Engine:
             self._scheduler.preempt(request)
 
     @torch.inference_mode()
+    def record(self, progress: Progress = lambda done, total: None) -> None:
+        """Record all sizes of decode steps now, so that none waits for it later; on a GPU alone."""
+        if self._graphs is not None:
+            with _on(self._device):
+                self._graphs.record_all(progress)
+
+    @torch.inference_mode()
     def step(self) -> list[Update]:
         """One batch through the model: the next token of every request whose prompt is read, and
         as many more as were guessed right.
         """
+        with _on(self._device):
+            return self._one_step()
+
+    def _one_step(self) -> list[Update]:
         plan = self._scheduler.plan()
         self._step_tokens = 0
         if not plan.chunks:
@@ -161,10 +188,9 @@ class Engine:
         for request in plan.admitted:
             request.admitted_at = request.admitted_at or now  # not anew after a preemption
         self._rows.follow(plan)
-        batch = self._rows.batch(plan.chunks)
-        self._step_tokens = batch.num_tokens
+        self._step_tokens = sum(chunk.num_rows for chunk in plan.chunks)
         ending, rows = self._rows.next_rows(plan.chunks)
-        logits = forward(self._decoder, batch, self._pool, rows, plan.chunks, backend=self._backend)
+        logits = self._logits(plan.chunks, rows)
         updates = self._sampler.choose(ending, logits, self._rows.sampling(ending))
         self._scheduler.advance(plan.chunks)
         self._steps += 1
@@ -191,6 +217,17 @@ class Engine:
             finished=dict(self._finished),
         )
 
+    def _logits(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> Tensor:
+        """fp32 [len(rows), V] at these rows of the chunks' batch."""
+        decoding = len(chunks) == len(rows) == self._step_tokens
+        if self._graphs is not None and decoding and not any(unscored(c.request) for c in chunks):
+            shape = self._graphs.shape(len(chunks), self._rows.pages(chunks))
+            if shape is not None:
+                logits = self._graphs.run(shape, lambda batch: self._rows.fill(batch, chunks))
+                return logits[: len(rows)]
+        batch = self._rows.batch(chunks)
+        return forward(self._decoder, batch, self._pool, rows, chunks, backend=self._backend)
+
     def _settle(self, updates: Sequence[Update]) -> None:
         """Count the new tokens, and let those requests go that have ended."""
         now = time.monotonic()
@@ -208,6 +245,11 @@ class Engine:
         request.finish_time = now
         self._finished[str(request.finish_reason)] += 1
         self._scheduler.release(request)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a GPU is the calling thread's current one, where kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_length(prompt_ids: Sequence[int], params: SamplingParams, context: int) -> int:

@@ -85,29 +85,33 @@ def forward(
     decoder: Decoder,
     batch: Batch,
     pool: KVPool,
-    rows: Tensor,
+    rows: Sequence[int],
     chunks: Sequence[Chunk],
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """The step's logits fp32 [M, V] at ``rows`` int64 [M]; scores prompts that ask on the way.
+    """The step's logits fp32 [M, V] at ``rows``; scores prompts that ask on the way.
 
     ``chunks``: what the batch reads, in order. A prompt of P tokens that asks costs P rows of the
     head instead of one; every other request costs nothing.
     """
-    if not any(_unscored(chunk.request) for chunk in chunks):
-        return decoder(batch, pool.layers, rows, backend=backend)
+    at = None
+    if len(rows) < batch.num_tokens:
+        at = torch.tensor(rows, dtype=torch.int64, device=batch.input_ids.device)
+    if not any(unscored(chunk.request) for chunk in chunks):
+        return decoder(batch, pool.layers, at, backend=backend)
     hidden = decoder.hidden(batch, pool.layers, backend=backend)
     row = 0
     for request, start, stop, guessed in chunks:
         count = stop - start
-        if _unscored(request):
+        if unscored(request):
             _score(request, decoder, hidden[row : row + count], backend)
         row += count + len(guessed)
-    return decoder.logits(hidden[rows], backend=backend)
+    return decoder.logits(hidden if at is None else hidden[at], backend=backend)
 
 
-def _unscored(request: Request) -> bool:
+def unscored(request: Request) -> bool:
+    """Whether a prompt's ids are still to get the log-probabilities it asks for."""
     wanted = request.params.prompt_logprobs is not None
     return wanted and len(request.prompt_logprobs) < len(request.prompt_ids)
 

@@ -18,6 +18,11 @@ class Chunk(NamedTuple):
     guessed: Sequence[int] = ()
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the batch that it takes."""
+        return self.stop - self.start + len(self.guessed)
+
+    @property
     def num_next(self) -> int:
         """Tokens that may come of it where it reaches the end: the next, and one for each guess."""
         return 1 + len(self.guessed)

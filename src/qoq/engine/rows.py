@@ -35,7 +35,7 @@ class Rows:
     ) -> None:
         """max_pages: the most that one request can have."""
         self._page_size = page_size
-        self._device = device
+        self._device = torch.device(device)
         self._table = np.zeros((max_requests, max_pages), dtype=np.int32)
         self._sampling = np.zeros(max_requests, dtype=_SAMPLING)
 
@@ -56,6 +56,21 @@ class Rows:
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """The tensors that read these chunks."""
+        return Batch.ragged(*self._arrays(chunks), self._page_size, self._device)
+
+    def fill(self, batch: Batch, chunks: Sequence[Chunk]) -> None:
+        """Make a batch in CPU memory, with room to spare, one that reads these chunks."""
+        batch.fill(*self._arrays(chunks), self._page_size)
+
+    def pages(self, chunks: Sequence[Chunk]) -> int:
+        """Of the longest of them, when they are read."""
+        longest = max(chunk.stop + len(chunk.guessed) for chunk in chunks)
+        return -(-longest // self._page_size)
+
+    def _arrays(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """ids, starts, counts and page table, as ``Batch.ragged`` takes them."""
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         stops = np.array([chunk.stop + len(chunk.guessed) for chunk in chunks], dtype=np.int64)
         ids: list[int] = []
@@ -65,20 +80,14 @@ class Rows:
             else:
                 ids += request.ids[start:stop]
             ids += guessed
-        width = -(-int(stops.max()) // self._page_size)
-        table = self._table[self._of([chunk.request for chunk in chunks]), :width]
-        return Batch.ragged(
-            np.array(ids, dtype=np.int64),
-            starts,
-            stops - starts,
-            table,
-            self._page_size,
-            self._device,
-        )
+        rows = self._of([chunk.request for chunk in chunks])
+        table = self._table[rows, : self.pages(chunks)]
+        return np.array(ids, dtype=np.int64), starts, stops - starts, table
 
-    def next_rows(self, chunks: Sequence[Chunk]) -> tuple[list[Chunk], torch.Tensor]:
-        """The chunks that reach their request's end, and the batch's rows int64 whose logits say
-        what comes then: ``num_next`` for each of them.
+    @staticmethod
+    def next_rows(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[int]]:
+        """The chunks that reach their request's end, and the batch's rows whose logits say what
+        comes then: ``num_next`` for each of them.
         """
         ending: list[Chunk] = []
         rows: list[int] = []
@@ -88,30 +97,32 @@ class Rows:
             if chunk.reaches_end:
                 ending.append(chunk)
                 rows += range(end - chunk.num_next, end)
-        return ending, torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return ending, rows
 
     def sampling(self, chunks: Sequence[Chunk]) -> SamplingBatch:
         """How the token after each chunk is chosen, and those after its guesses: ``num_next`` rows
         for each chunk. Randomness hangs on the seed and the token's number alone.
         """
         counts = [chunk.num_next for chunk in chunks]
-        rows = np.repeat(self._of([chunk.request for chunk in chunks]), counts)
-        steps = np.array(
-            [chunk.request.num_new + at for chunk in chunks for at in range(chunk.num_next)],
-            dtype=np.int64,
-        )
-
-        def column(name: str) -> torch.Tensor:
-            return torch.from_numpy(self._sampling[name][rows]).to(self._device)
-
-        return SamplingBatch(
-            temperature=column("temperature"),
-            top_k=column("top_k"),
-            top_p=column("top_p"),
-            min_p=column("min_p"),
-            seeds=column("seed"),
-            step=torch.from_numpy(steps).to(self._device),
-        )
+        wanted = self._sampling[np.repeat(self._of([c.request for c in chunks]), counts)]
+        steps = [chunk.request.num_new + at for chunk in chunks for at in range(chunk.num_next)]
+        # As with a batch: one copy brings all to a GPU, and nobody waits for it.
+        cuda = self._device.type == "cuda"
+        flat = torch.empty(9 * len(steps), dtype=torch.int32, pin_memory=cuda)
+        columns = [*(wanted[name] for name in _SAMPLING.names or ()), np.array(steps)]
+        for own, values in zip(_columns(flat), columns, strict=True):
+            own.numpy()[:] = values
+        if cuda:
+            flat = flat.to(self._device, non_blocking=True)
+        return SamplingBatch(*_columns(flat))
 
     def _of(self, requests: Sequence[Request]) -> NDArray[np.int64]:
         return np.array([request.row for request in requests], dtype=np.int64)
+
+
+def _columns(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The columns of a SamplingBatch of S rows, in its order, as they lie in flat int32 [9 S]."""
+    count = len(flat) // 9
+    top_k, seeds, step = flat[: 6 * count].view(torch.int64).view(3, count)
+    temperature, top_p, min_p = flat[6 * count :].view(torch.float32).view(3, count)
+    return temperature, top_k, top_p, min_p, seeds, step

@@ -51,7 +51,9 @@ class Sampler:
         if shaped:
             self.rules.apply(logits, shaped, [owners[at] for at in shaped])
         tokens = sample(logits, wanted)
-        ids, logprobs = tokens.ids.tolist(), tokens.logprobs.tolist()
+        # One copy from a GPU, not two; fp64 holds both.
+        told_ids, logprobs = torch.stack((tokens.ids.double(), tokens.logprobs.double())).tolist()
+        ids = [int(i) for i in told_ids]
         details: dict[int, dict[int, Logprob]] = {}
         if raw is not None:
             details = self._look(owners, raw, looked, tokens, logprobs)

@@ -22,12 +22,12 @@ class SpeculativeConfig:
 
     At most num_speculative_tokens are guessed at a time: those that followed the latest earlier
     place with the same last n tokens, for the largest n from prompt_lookup_max down to
-    prompt_lookup_min that has such a place.
+    prompt_lookup_min that has such a place. Short n-grams guess more, and are more often wrong.
     """
 
     num_speculative_tokens: int
     prompt_lookup_max: int = 3
-    prompt_lookup_min: int = 1
+    prompt_lookup_min: int = 3
     method: str = "ngram"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,10 @@ class SpeculativeConfig:
     def of(
         cls, given: "SpeculativeConfig | Mapping[str, Any] | None"
     ) -> "SpeculativeConfig | None":
-        """``given``, or the one that a mapping describes; None is off. Raises RequestError."""
+        """``given``, or the one that a mapping describes; None is off. Raises RequestError.
+
+        Where a mapping has only one of prompt_lookup_max and prompt_lookup_min, it serves as both.
+        """
         if given is None or isinstance(given, SpeculativeConfig):
             return given
         known = [field.name for field in fields(cls)]
@@ -58,12 +61,14 @@ class SpeculativeConfig:
             raise RequestError(
                 f"speculative_config has no {strange!r}; it takes {', '.join(known)}."
             )
-        return cls(**given)
+        most = given.get("prompt_lookup_max", given.get("prompt_lookup_min", cls.prompt_lookup_max))
+        sizes = {"prompt_lookup_max": most, "prompt_lookup_min": most}
+        return cls(**{**sizes, **given})
 
     def __str__(self) -> str:
         return (
-            f"up to {self.num_speculative_tokens} tokens guessed by prompt lookup, after n-grams "
-            f"of {self.prompt_lookup_max} to {self.prompt_lookup_min}"
+            f"up to {self.num_speculative_tokens} tokens guessed by prompt lookup (n-grams of "
+            f"{self.prompt_lookup_max} to {self.prompt_lookup_min})"
         )
 
 
@@ -74,7 +79,7 @@ class PromptLookup:
     a new token costs as many entries. The longest n-gram that is found decides.
     """
 
-    def __init__(self, *, max_ngram: int = 3, min_ngram: int = 1) -> None:
+    def __init__(self, max_ngram: int, min_ngram: int) -> None:
         self._sizes = range(max_ngram, min_ngram - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}
         self._seen = 0
@@ -113,7 +118,6 @@ class LookupGuesser:
         lookup = self._lookups.get(request)
         if lookup is None:
             config = self._config
-            lookup = self._lookups[request] = PromptLookup(
-                max_ngram=config.prompt_lookup_max, min_ngram=config.prompt_lookup_min
-            )
+            lookup = PromptLookup(config.prompt_lookup_max, config.prompt_lookup_min)
+            self._lookups[request] = lookup
         return lookup.propose(request.ids, min(count, self._config.num_speculative_tokens))

@@ -58,16 +58,16 @@ class Reference:
         self._file = tempfile.TemporaryFile(prefix="qoq-reference-")  # noqa: SIM115 (kept open)
         run = _Runner(model, windows.shape[1])
         for index, window in enumerate(windows):
-            run.hidden(window).numpy().tofile(self._file)
+            run.hidden(window).cpu().numpy().tofile(self._file)
             if progress:
                 progress(index + 1, len(windows))
 
     def hidden(self, index: int) -> Tensor:
-        """fp32 [seq_len, H] of window ``index``."""
+        """fp32 [seq_len, H] of window ``index``, on the model's device."""
         count = self.windows.shape[1] * self._width
         self._file.seek(index * count * 4)
         rows = np.fromfile(self._file, np.float32, count)
-        return torch.from_numpy(rows).reshape(-1, self._width)
+        return torch.from_numpy(rows).reshape(-1, self._width).to(self._model.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [M, V]."""
@@ -97,7 +97,7 @@ def evaluate(
     loss, tokens, agree = 0.0, 0, 0
     divergence: list[Tensor] = []
     for index, window in enumerate(windows):
-        hidden, targets = run.hidden(window)[:-1], window[1:]
+        hidden, targets = run.hidden(window)[:-1], window[1:].to(model.device)
         other = None
         if isinstance(reference, Reference):
             other = reference.hidden(index)[:-1]
@@ -111,7 +111,7 @@ def evaluate(
             if other is None or reference is None:
                 continue
             decoder = reference.decoder if isinstance(reference, LoadedModel) else reference
-            ideal = decoder.logits(other[part]).log_softmax(dim=-1)
+            ideal = decoder.logits(other[part]).log_softmax(dim=-1).to(own.device)
             agree += int((own.argmax(dim=-1) == ideal.argmax(dim=-1)).sum())
             divergence.append(kl_rows(ideal, own))
         tokens += len(targets)
@@ -121,7 +121,7 @@ def evaluate(
     perplexity = math.exp(mean) if mean < 700 else math.inf
     if not divergence:
         return Result(perplexity, tokens)
-    kl = torch.cat(divergence).numpy()
+    kl = torch.cat(divergence).cpu().numpy()
     return Result(
         perplexity, tokens, float(kl.mean()), float(np.quantile(kl, 0.99)), agree / tokens
     )
@@ -143,15 +143,17 @@ class _Runner:
             config.num_kv_heads,
             PAGE_SIZE,
             config.head_dim,
+            device=model.device,
         )
         self._decoder = model.decoder
+        self._device = model.device
         # One layer is done with its keys and values before the next begins: they share pages.
         self._kv = [pages] * config.num_layers
 
     def hidden(self, window: Tensor) -> Tensor:
         """fp32 [seq_len, H] of the residual stream."""
         with torch.inference_mode():
-            return self._decoder.hidden(Batch.prefill([window], PAGE_SIZE), self._kv)
+            return self._decoder.hidden(Batch.prefill([window], PAGE_SIZE, self._device), self._kv)
 
 
 def _check(model: LoadedModel, windows: Tensor, reference: LoadedModel | Reference | None) -> None:

@@ -55,12 +55,13 @@ def simulate(
     recipe: Recipe,
     calibrated: Calibrated | None = None,
     *,
+    device: str = "cpu",
     steps: Steps | None = None,
 ) -> LoadedModel:
     """``source`` quantized by ``recipe`` and loaded from its packed form, which is then deleted.
 
-    ``scheme`` is a name; needs temporary disk for the checkpoint and the calibration rows. Raises
-    what ``quantize`` raises.
+    ``scheme`` is a name; all of it happens on ``device``. Needs temporary disk for the checkpoint
+    and the calibration rows; raises what ``quantize`` raises.
     """
     calibrated = calibrated or Calibrated()
     with tempfile.TemporaryDirectory(prefix="qoq-simulate-") as folder:
@@ -73,6 +74,7 @@ def simulate(
             samples=calibrated.samples,
             seq_len=calibrated.seq_len,
             seed=calibrated.seed,
+            device=device,
             progress=steps,
         )
-        return load_model(packed)
+        return load_model(packed, device=device)

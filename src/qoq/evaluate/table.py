@@ -48,6 +48,7 @@ def measure(
     known: Mapping[tuple[str, ...], Results] | None = None,
     report: Report | None = None,
     finished: Callable[[str, Row], None] | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[Row]]:
     """Judge every case on every text (name -> windows int64 [n, seq_len]) against ``source``.
 
@@ -62,7 +63,7 @@ def measure(
         if report:
             report(done, total, what)
 
-    with _Judge(source, texts, calibrated, dict(known or {})) as judge:
+    with _Judge(source, texts, calibrated, dict(known or {}), device) as judge:
         for table, cases in tables.items():
             for case in cases:
                 row = Row(case, judge(case, tell))
@@ -83,10 +84,12 @@ class _Judge:
         texts: Mapping[str, Tensor],
         calibrated: Calibrated,
         results: dict[tuple[str, ...], Results],
+        device: str,
     ) -> None:
         self._source, self._texts, self._calibrated = source, texts, calibrated
         self._results = results
-        self._original = load_model(source)
+        self._device = device
+        self._original = load_model(source, device=device)
         self._references: dict[str, Reference] = {}
 
     def __enter__(self) -> Self:
@@ -112,7 +115,7 @@ class _Judge:
 
     def _load(self, case: Case, tell: Callable[[str], None]) -> LoadedModel:
         if case.checkpoint is not None:
-            return load_model(case.checkpoint)
+            return load_model(case.checkpoint, device=self._device)
         if case.scheme is None:
             return self._original
         return simulate(
@@ -120,6 +123,7 @@ class _Judge:
             case.scheme,
             case.recipe,
             self._calibrated,
+            device=self._device,
             steps=lambda _, __, what: tell(f"{case.label}: {what}"),
         )
 

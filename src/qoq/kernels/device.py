@@ -20,8 +20,9 @@ class Choice:
         return f"{self.device} ({self.why})"
 
 
-def choose_device(wanted: str = "auto") -> Choice:
-    """``cpu``, ``cuda`` or ``cuda:N`` as asked for; ``auto``: a GPU if our kernels run there.
+def choose_device(wanted: str = "auto", backend: str = "auto") -> Choice:
+    """``cpu``, ``cuda`` or ``cuda:N`` as asked for; ``auto``: a GPU if our kernels run there, and
+    ``backend`` is not that of the CPU.
 
     A GPU becomes the calling thread's current one. Raises BackendUnavailable for other names and
     for GPUs that torch does not see.
@@ -29,7 +30,8 @@ def choose_device(wanted: str = "auto") -> Choice:
     if wanted == "cpu":
         return Choice(torch.device("cpu"), "asked for")
     if wanted == "auto":
-        reason = _no_gpu(0) or missing() or too_old(0)
+        asked = "the backend asked for is the CPU's" if backend == "cpu" else None
+        reason = asked or _no_gpu(0) or missing() or too_old(0)
         if reason is not None:
             return Choice(torch.device("cpu"), reason)
         return _gpu(0)

@@ -44,14 +44,12 @@ _OPS = (
     "attention",
     "sample",
 )
-_ON_GPU = ("act_quant", "rms_norm_quant", "silu_mul_quant", "linear", "sample")
-_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 
 # op -> twins, fastest first.
 TWINS: dict[str, tuple[Twin, ...]] = {
     op: tuple(
-        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", _DEVICES[backend])
-        for backend in (("cpu", "gpu") if op in _ON_GPU else ("cpu",))
+        Twin(backend, f"qoq.kernels.{backend}.{_STEM.get(op, op)}", device)
+        for backend, device in (("cpu", "cpu"), ("gpu", "cuda"))
     )
     for op in _OPS
 }

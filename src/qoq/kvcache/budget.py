@@ -93,7 +93,9 @@ def memory_at_hand(
     """Bytes this process may still take on ``device``: free memory, or what its cgroup leaves."""
     where = torch.device(device)
     if where.type == "cuda":
-        return int(torch.cuda.mem_get_info(where)[0])
+        # What torch holds for later counts as free: it is what it gives out first.
+        kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        return int(torch.cuda.mem_get_info(where)[0]) + kept
     available = int(psutil.virtual_memory().available)
     try:
         limit = (cgroup / "memory.max").read_text().strip()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qoq.checkpoint.hf import HFSource, resolve_source
+from qoq.checkpoint.partial import check_out
 from qoq.checkpoint.writer import CheckpointWriter
 from qoq.errors import UnsupportedModelError
 from qoq.formats.hadamard import hadamard_matrix, has_hadamard
@@ -50,6 +51,7 @@ def quantize(
     equal bytes. ``dtype`` "bfloat16" lets float products use the CPU's bf16 units. Raises QoqError
     subclasses before any work for models, schemes or sizes that cannot be honoured.
     """
+    check_out(out, overwrite=overwrite)
     source = HFSource(resolve_source(model))
     config = ModelConfig.from_hf(source.config)
     scheme = resolve_scheme(scheme, recipe)

@@ -1,7 +1,10 @@
 """ServedModel: a checkpoint with all that serving it takes, loaded once at start."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from qoq.api.calling import ToolCalling, check_parser
 from qoq.api.sampling import sampling_defaults
@@ -9,6 +12,7 @@ from qoq.engine.engine import Engine
 from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError, ResourceError
 from qoq.formats.scheme import QuantScheme
+from qoq.kernels.device import choose_device
 from qoq.kvcache.budget import MEMORY_FRACTION, PoolShape, memory_at_hand
 from qoq.kvcache.pool import KVPool, pages_for_tokens
 from qoq.models.config import ModelConfig
@@ -16,11 +20,13 @@ from qoq.models.load import load_model
 from qoq.tokenizer import ChatTemplate, Tokenizer
 
 PAGE_SIZE = 64
+_LOG = logging.getLogger("qoq.server")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An engine and what its clients must know of it; ``speculative`` is None: no guesses.
+    """An engine and what its clients must know of it; ``speculative`` is None: no guesses;
+    ``device``: where it runs, and why.
 
     max_model_len bounds prompt and new tokens together; sampling are the defaults of requests that
     say nothing; template is None for models without one, tool_template the one for conversations
@@ -40,6 +46,7 @@ class ServedModel:
     max_num_seqs: int
     sampling: dict[str, float]
     speculative: SpeculativeConfig | None = None
+    device: str = "cpu"
     backend: str = "auto"
 
     @property
@@ -55,7 +62,8 @@ class EngineOptions:
     kv_memory_bytes wins over kv_memory_fraction, the share of free memory. generation_config:
     ``auto`` reads the model's sampling defaults, ``vllm`` none, else a folder to read them from.
     tool_call_parser and enable_auto_tool_choice are those of ``ToolCalling.of_model``. seed: that
-    of requests which name none.
+    of requests which name none. device: as ``choose_device`` takes it; enforce_eager: no CUDA
+    graphs.
     """
 
     max_model_len: int | None = None
@@ -70,6 +78,8 @@ class EngineOptions:
     speculative: SpeculativeConfig | None = None
     tool_call_parser: str = "auto"
     enable_auto_tool_choice: bool | None = None
+    device: str = "auto"
+    enforce_eager: bool = False
     backend: str = "auto"
 
 
@@ -81,7 +91,8 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     """
     _check(options)
     seed = {} if options.seed is None else {"seed": options.seed}
-    loaded = load_model(model, backend=options.backend)
+    choice = choose_device(options.device, options.backend)
+    loaded = load_model(model, backend=options.backend, device=choice.device)
     tokenizer = Tokenizer.load(loaded.path)
     tools = ToolCalling.of_model(
         tokenizer,
@@ -94,7 +105,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
     length = options.max_model_len or context
     if length > context:
         raise RequestError(f"--max-model-len {length} is above this model's context of {context}.")
-    pool = _pool(loaded.config, loaded.scheme, length, options)
+    pool = _pool(loaded.config, loaded.scheme, length, options, choice.device)
     engine = Engine(
         loaded.decoder,
         pool,
@@ -105,8 +116,10 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         guess=guesser(options.speculative),
         max_model_len=length,
         enable_prefix_caching=options.enable_prefix_caching,
+        enforce_eager=options.enforce_eager,
         backend=options.backend,
     )
+    engine.record(_told)
     return ServedModel(
         path=loaded.path,
         config=loaded.config,
@@ -121,6 +134,7 @@ def load_served_model(model: str | Path, options: EngineOptions) -> ServedModel:
         max_num_seqs=options.max_num_seqs,
         sampling={**sampling_defaults(loaded.path, options.generation_config), **seed},
         speculative=options.speculative,
+        device=str(choice),
         backend=options.backend,
     )
 
@@ -145,21 +159,34 @@ def _check(options: EngineOptions) -> None:
     check_parser(options.tool_call_parser)
 
 
-def _pool(config: ModelConfig, scheme: QuantScheme, length: int, options: EngineOptions) -> KVPool:
+def _told(done: int, total: int) -> None:
+    """Log how far the recording of decode steps is: now and then."""
+    if done == total or done % 10 == 0:
+        _LOG.info("CUDA graphs of decode steps: %d of %d", done, total)
+
+
+def _pool(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    length: int,
+    options: EngineOptions,
+    device: torch.device,
+) -> KVPool:
     """As many pages as were asked for; else as many as can be used and fit free memory."""
     shape = PoolShape(scheme.kv, config.num_layers, config.num_kv_heads, PAGE_SIZE, config.head_dim)
     if options.kv_memory_bytes is not None:
         pages = options.kv_memory_bytes // shape.page_bytes
     else:
-        free = int(memory_at_hand() * options.kv_memory_fraction)
+        free = int(memory_at_hand(device) * options.kv_memory_fraction)
         useful = options.max_num_seqs * pages_for_tokens(length, PAGE_SIZE)
         pages = min(useful, free // shape.page_bytes)
-    if pages < pages_for_tokens(length, PAGE_SIZE):
+    least = pages_for_tokens(length, PAGE_SIZE)
+    if pages < least:
         raise ResourceError(
             f"The KV cache holds {pages * PAGE_SIZE} tokens, one request may need {length}. Lower "
-            "--max-model-len or give more with --kv-cache-memory-bytes."
+            f"--max-model-len or give --kv-cache-memory-bytes {least * shape.page_bytes} or more."
         )
-    return shape.pool(pages)
+    return shape.pool(pages, device)
 
 
 def _template(

@@ -81,6 +81,8 @@ class Prompts:
         """Ids of a text, or the ids given once they are found to be of this vocabulary."""
         if isinstance(prompt, str):
             return await self.encode(prompt, special=special, cut=cut)
+        if cut is None and len(prompt) >= self.max_model_len:  # before a million are looked at
+            raise self._too_long(str(len(prompt)))
         self.check_ids(prompt, "prompt")
         ids = list(prompt)
         return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)

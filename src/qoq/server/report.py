@@ -26,6 +26,7 @@ def start_report(model: ServedModel) -> dict[str, Any]:
         "model": str(model.path),
         "architecture": model.config.architecture,
         "scheme": str(model.scheme),
+        "device": model.device,
         "ops": engine.ops,
         "isa": engine.isa,
         "threads": engine.threads,
@@ -49,12 +50,13 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"qoq {facts['qoq_version']}",
         f"model: {facts['model']} ({facts['architecture']}, {facts['scheme']})",
+        f"device: {facts['device']}",
         *(f"{op}: {what}" for op, what in facts["ops"].items()),
         f"CPU kernels: {native}",
         f"KV cache: {tokens:,} tokens, {facts['kv_cache_bytes'] / 1e6:,.1f} MB",
         f"maximum concurrency for {length:,} tokens per request: {facts['max_concurrency']:.2f}x",
         f"requests at a time: {facts['max_num_seqs']}",
-        f"sampling defaults: {facts['sampling_defaults'] or 'none'}",
+        f"sampling defaults: {_listed(facts['sampling_defaults'])}",
         f"speculative decoding: {_speculation(facts['speculative_config'])}",
         f"chat template: {'yes' if facts['chat_template'] else 'none'}",
         f"tool calls: parser {facts['tool_call_parser'] or 'none'}, "
@@ -64,6 +66,10 @@ def report_lines(facts: dict[str, Any]) -> list[str]:
 
 def _speculation(config: dict[str, Any] | None) -> str:
     return "off" if config is None else str(SpeculativeConfig(**config))
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
 
 
 def announce(model: ServedModel, form: LogFormat) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.triton_code import Compiler
+from helpers.triton_interpreter import faithful_interpreter
 from qoq.kernels.gpu.backend import missing
 
 CUDA = torch.cuda.is_available()  # as tests/conftest.py asks before it turns the interpreter on
@@ -30,11 +31,12 @@ def cuda(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def compiler(request: pytest.FixtureRequest) -> Compiler:
+def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiler:
     """Compiles kernels for GPUs that need not be here; Triton's cache outlives the session."""
     if "QOQ_NO_MACHINE_CODE" in os.environ:  # qoq gpu-check, whose time is short
         pytest.skip("QOQ_NO_MACHINE_CODE is set")
-    return Compiler(request.config.cache.mkdir("triton"))
+    cache = getattr(request.config, "cache", None)  # pytest's, which may be switched off
+    return Compiler(cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,3 +49,10 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def faithful() -> Iterator[None]:
+    """The interpreter, where it stands in for a GPU, computes as one does."""
+    with faithful_interpreter():
+        yield

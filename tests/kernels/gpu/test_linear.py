@@ -14,8 +14,8 @@ from qoq.errors import BackendUnavailable
 from qoq.formats.activation import QuantizedActivation
 from qoq.formats.packing import pack_nibbles
 from qoq.formats.weights import ChannelWeight, GroupWeight, Int8Weight, PackedWeight
-from qoq.kernels.gpu.linear import GpuWeight, gpu_of, linear, prepare, unsupported
-from qoq.kernels.gpu.tilings import SPLITS, Gpu, Tiling, choose, tilings
+from qoq.kernels.gpu.linear import GpuWeight, linear, prepare, unsupported
+from qoq.kernels.gpu.tilings import SPLITS, Gpu, Tiling, tilings
 from qoq.kernels.linear import linear as linear_op
 from qoq.kernels.linear import linear_oracle
 from qoq.kernels.linear import prepare as prepare_for
@@ -61,8 +61,10 @@ def test_every_tile_gives_exact_sums(kind: str, tiling: Tiling, device: torch.de
         assert torch.equal(sums(prepared, x, replace(tiling, splits=splits)), want)
 
 
-@pytest.mark.parametrize("splits", [*SPLITS, 5])
-@pytest.mark.parametrize("kind", ["group32", "channel", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "splits"),
+    [*(("channel", splits) for splits in (*SPLITS, 5)), ("group32", 7), ("int8", 3)],
+)
 def test_any_number_of_programs_may_share_a_tile(
     kind: str, splits: int, device: torch.device
 ) -> None:
@@ -122,10 +124,9 @@ def test_any_shape_gives_exact_sums(
     assert torch.equal(sums(prepare(weight.to(device)), x, tiling), want_sums(weight, x))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_oracle_to_the_bit(kind: str, with_bias: bool, device: torch.device) -> None:
-    for m, n, k in ((1, 1, 128), (5, 300, 256), (21, 37, 384)):
+def test_equals_the_oracle_to_the_bit(kind: str, device: torch.device) -> None:
+    for m, n, k, with_bias in ((1, 1, 128, True), (5, 300, 256, True), (21, 37, 256, False)):
         weight, x = random_weight(kind, n, k), random_rows(m, k)
         bias = torch.randn(n) if with_bias else None
         want = linear_oracle(x, weight, bias)
@@ -206,6 +207,8 @@ def test_inputs_that_do_not_fit_are_refused(device: torch.device) -> None:
         weight.multiply(x, torch.randn(7, device=device))
     with pytest.raises(ValueError, match="contiguous"):
         weight.multiply_into(torch.empty(8, 4, device=device).T, x)
+    with pytest.raises(ValueError, match="on meta"):
+        weight.multiply(to(x, torch.device("meta")), None)
     with pytest.raises(BackendUnavailable, match="oracle"):
         weight.multiply(torch.randn(4, 64, device=device), None)
     with pytest.raises(BackendUnavailable, match="laid out for backend 'gpu'"):
@@ -220,17 +223,26 @@ def test_what_is_refused_by_declaration() -> None:
         weight = Int8Weight(torch.empty(1, k, dtype=torch.int8, device="meta"), torch.ones(1))
         assert f"{k} input channels" in str(unsupported(torch.device("meta"), weight=weight))
     assert "int8 rows" in str(unsupported(cuda, x=torch.zeros(1, 32)))
-    with pytest.raises(BackendUnavailable, match="CUDA GPUs only"):
+    with pytest.raises(BackendUnavailable, match="cuda devices only"):
         prepare_for(random_weight("int8", 4, 32), "gpu")
+
+
+def test_a_cuda_graph_may_hold_it(cuda: torch.device) -> None:
+    weight, tiling = random_weight("group128", 300, 1024), Tiling(16, 64, 4, 5, 4)
+    prepared, x = prepare(weight.to(cuda)), to(random_rows(7, 1024), cuda)
+    out = prepared.multiply_into(torch.empty(7, 300, device=cuda), x, tiling=tiling)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prepared.multiply_into(out, x, tiling=tiling)
+    for _ in range(3):
+        fresh = random_rows(7, 1024)
+        for name in ("codes", "scale", "row_sum"):
+            getattr(x, name).copy_(getattr(fresh, name))
+        graph.replay()
+        assert torch.equal(out.cpu(), linear_oracle(fresh, weight))
 
 
 def test_auto_takes_the_gpu_where_there_is_one(cuda: torch.device) -> None:
     weight = prepare_for(random_weight("group128", 64, 256).to(cuda))
     assert isinstance(weight, GpuWeight)
     assert unsupported(cuda, weight=random_weight("group128", 64, 256).to(cuda)) is None
-
-
-def test_sizes_for_benches(device: torch.device) -> None:
-    weight = prepare(random_weight("group128", 512, 1024).to(device))
-    assert weight.nbytes == 512 * 512 + 4 * 256 * 8 + 4 * 512
-    assert choose(1, weight.traits, gpu_of(device)).tokens == 16

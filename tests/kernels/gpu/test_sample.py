@@ -4,13 +4,15 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.sampling_params import random_params
 from helpers.triton_code import ARCHS, Compiler, Kernel
-from qoq.kernels.gpu.sample import CHUNK, LARGEST, sample, unsupported
+from qoq.kernels.gpu.sample import CHUNK, LARGEST, _mass_of_top, sample, unsupported
 from qoq.kernels.sample import SamplingBatch, sample_oracle
 
 FEW = settings(max_examples=12)
@@ -52,6 +54,30 @@ def test_ids_are_the_oracles(
     compare(logits.to(device), random_params(rows, device=device))
 
 
+@triton.jit
+def mass_kernel(logits, tops, top_ks, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    args = logits + row * VOCAB, tl.load(tops + row), tl.full([], 2.0, tl.float32)
+    tl.store(out + row, _mass_of_top(tl.load(top_ks + row), *args, VOCAB, BLOCK))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_mass_of_the_first_ranks(device: torch.device, ties: bool) -> None:
+    vocab, rows = 300, 25
+    logits = torch.randn(rows, vocab, device=device) * 3
+    if ties:
+        logits = logits.round()
+    top_ks = torch.randint(1, vocab, (rows,), device=device)
+    top_ks[:3] = torch.tensor([1, 2, vocab])
+    out = torch.empty(rows, dtype=torch.float64, device=device)
+    tops = logits.amax(1)
+    mass_kernel[rows,](logits, tops, top_ks, out, VOCAB=vocab, BLOCK=128)
+    ranked = logits.double().sort(dim=1, descending=True).values
+    weights = ((ranked - ranked[:, :1]) / 2).exp()
+    want = [weights[row, :k].sum() for row, k in enumerate(top_ks.tolist())]
+    torch.testing.assert_close(out, torch.stack(want), rtol=1e-6, atol=0)
+
+
 def test_a_large_vocabulary(device: torch.device) -> None:
     vocab = 2 * CHUNK + 77
     logits = torch.randn(4, vocab, device=device) * torch.tensor([[0.3], [3.0]] * 2, device=device)
@@ -64,9 +90,8 @@ def test_a_large_vocabulary(device: torch.device) -> None:
     compare(logits, params)
 
 
-@settings(max_examples=6)
-@given(
-    top_k=st.sampled_from([1, 2, 3, 17, 45]), top_p=st.sampled_from([1e-9, 0.13, 0.31, 0.77, 1.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (2, 1.0), (17, 1e-9), (3, 0.31), (45, 0.13), (17, 0.77)]
 )
 def test_equal_logits_stop_where_the_oracle_stops(
     device: torch.device, top_k: int, top_p: float

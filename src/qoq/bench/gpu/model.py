@@ -94,23 +94,20 @@ def speed(
     prompt_len: int = PROMPT_LEN,
     output_len: int = OUTPUT_LEN,
 ) -> Row:
-    """Tokens per second of a model of random weights, after a short run that compiles."""
+    """Tokens per second of a model of random weights."""
     config, scheme = config_of(shape, layers), QuantScheme.parse(SCHEME)
     decoder = random_decoder(config, scheme, backend=bench.backend, device=bench.device)
-
-    def run(count: int) -> throughput.Throughput:
-        return throughput.run(
-            decoder,
-            scheme.kv,
-            batch=batch,
-            prompt_len=prompt_len,
-            output_len=count,
-            backend=bench.backend,
-            enforce_eager=eager,
-        )
-
-    run(2)
-    return {"shape": shape, "eager": eager, **run(output_len).to_dict()}
+    result = throughput.run(
+        decoder,
+        scheme.kv,
+        batch=batch,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        backend=bench.backend,
+        enforce_eager=eager,
+        warm_up=True,
+    )
+    return {"shape": shape, "eager": eager, **result.to_dict()}
 
 
 def warm(bench: Bench, share: int, of: int) -> None:

@@ -30,8 +30,17 @@ def turned(x, cos, sin, token, dim, live, DIM: tl.constexpr, PAIRS: tl.constexpr
 
 @triton.jit
 def prepared(
-    x, cos, sin, token, live, center, rotation,
-    DIM: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    x,
+    cos,
+    sin,
+    token,
+    live,
+    center,
+    rotation,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """fp32 [TOKENS, WIDTH]: turned, minus ``center`` [DIM] and times ``rotation`` if they are."""
     dim = tl.arange(0, WIDTH)
@@ -55,8 +64,16 @@ def prepared(
 
 @triton.jit
 def put(
-    y, codes, scales, offsets, row, live,
-    BITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    y,
+    codes,
+    scales,
+    offsets,
+    row,
+    live,
+    BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Vectors y [TOKENS, WIDTH] into rows of one half of the pages."""
     dim = tl.arange(0, WIDTH)
@@ -98,12 +115,38 @@ def put(
 
 @triton.jit(do_not_specialize=["tokens", "slot_count"])
 def append(
-    q, k, v, cos, sin, slots, center, rotation, out,
-    k_codes, k_scale, k_offset, v_codes, v_scale, v_offset,
-    tokens, slot_count, q_row, q_head, k_row, k_head, v_row, v_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
-    PAGE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
+    center,
+    rotation,
+    out,
+    k_codes,
+    k_scale,
+    k_offset,
+    v_codes,
+    v_scale,
+    v_offset,
+    tokens,
+    slot_count,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """A block of tokens: one query head of theirs, or key and value of one KV head.
 

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from qoq.formats.kv import KVPages
 from qoq.kernels.attention import SEGMENT
 from qoq.kernels.gpu.backend import unsupported as unsupported_device
-from qoq.kernels.gpu.walk import attend, merge
 
 SPLIT = SEGMENT  # tokens whose softmax is one piece; a part of the numerics, as STEP is
 SUBNORMAL = True  # see codes.operand
-INTERPRETED = not isinstance(attend, triton.JITFunction)
 
 _MAX_DIM = 256
 _FLOATS = (torch.bfloat16, torch.float16)
@@ -56,7 +53,7 @@ class Plan:
 
     def group(self, call: Call) -> int:
         """Heads of one row in a tile: a power of two, of which the last may be none."""
-        return min(self.columns, triton.next_power_of_2(call.heads // call.kv_heads))
+        return min(self.columns, _up(call.heads // call.kv_heads))
 
     def tile_rows(self, call: Call) -> int:
         return self.columns // self.group(call)
@@ -94,7 +91,8 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; those of none are one."""
     if device.type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def attention(
@@ -142,7 +140,8 @@ def attention(
         unfinished = out.new_empty((slots, *q.shape))
         tops, sums = out.new_empty((2, slots, rows, heads))
     k_bits, v_bits = pages.format.k_bits, pages.format.v_bits
-    width = max(triton.next_power_of_2(dim), 256 // min(k_bits, v_bits))
+    width = max(_up(dim), 256 // min(k_bits, v_bits))
+    attend, merge, interpreted = _kernels()
     attend[rows // plan.tile_rows(call) + sequences + 1, plan.head_tiles(call), plan.turns](
         q,
         *_half(k_bits, pages.k_codes, pages.k_scale, pages.k_offset),
@@ -174,7 +173,7 @@ def attention(
         SPLIT=SPLIT,
         STAGES=5,  # two of each tile of keys and values: the page numbers take the other stages
         SUBNORMAL=SUBNORMAL,
-        PLAIN=INTERPRETED,
+        INTERPRETED=interpreted,
         num_warps=1,
         enable_fp_fusion=False,
     )
@@ -197,10 +196,27 @@ def attention(
             WINDOWED=window > 0,
             WIDTH=width,
             SPLIT=SPLIT,
+            STAGES=8,  # few programs, each a chain of short steps
             num_warps=1,
             enable_fp_fusion=False,
         )
     return out
+
+
+def _up(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any, bool]:
+    """The kernels, and whether they are interpreted; here, so that the module needs no Triton."""
+    import triton
+
+    from qoq.kernels.gpu.fold import merge
+    from qoq.kernels.gpu.walk import attend
+
+    return attend, merge, not isinstance(attend, triton.JITFunction)
 
 
 def _half(

@@ -11,12 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def operand(
-    words, PART: tl.constexpr, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr
+    words,
+    PART: tl.constexpr,
+    BITS: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """fp16 of code PART of each int16 word; 16 times as large from nibbles 1 and 3.
 
     SUBNORMAL: in units of 2^-24, by one AND for two codes; else in units of 1, by an OR with 1024.0
-    and a subtraction. PLAIN: without assembly, for the interpreter. 16-bit words pass as they are.
+    and a subtraction. The interpreter knows no assembly.
+    16-bit words pass as they are.
     """
     MASK: tl.constexpr = 0x00FF if BITS == 8 else 0x000F if PART % 2 == 0 else 0x00F0
     TWICE: tl.constexpr = (
@@ -24,7 +29,7 @@ def operand(
     )
     if BITS == 16:
         codes = words
-    elif PLAIN:
+    elif INTERPRETED:
         codes = (words >> 8 if PART >= 8 // BITS else words) & MASK
         if not SUBNORMAL:
             codes = codes | 0x6400
@@ -44,7 +49,9 @@ def operand(
 @triton.jit
 def packed(ASSEMBLY: tl.constexpr, words):
     """One instruction on two 16-bit words at a time."""
-    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+    )
 
 
 @triton.jit

@@ -1,13 +1,12 @@
 """Triton twin of kv_append: pages and queries equal to the oracle's to the bit."""
 
+import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from qoq.formats.kv import KVPages
-from qoq.kernels.gpu.append import append
 from qoq.kernels.gpu.backend import unsupported as unsupported_device
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,7 +66,7 @@ def kv_append(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     many = tokens >= 256 or k_rotation is not None
     block = 16 if many else 4
-    append[triton.cdiv(tokens, block), heads + kv_heads](
+    _kernel()[-(-tokens // block), heads + kv_heads](
         q,
         k,
         v,
@@ -95,12 +94,19 @@ def kv_append(
         PAGE=pages.page_size,
         K_BITS=k_bits,
         V_BITS=v_bits,
-        WIDTH=triton.next_power_of_2(dim),
+        WIDTH=1 << (dim - 1).bit_length(),
         TOKENS=block,
         num_warps=4 if many else 1,
         enable_fp_fusion=False,  # the oracle rounds products before it adds
     )
     return out
+
+
+@functools.cache
+def _kernel() -> Any:
+    from qoq.kernels.gpu.append import append  # here, so that the module needs no Triton
+
+    return append
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

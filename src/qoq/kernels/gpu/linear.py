@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import triton
 from torch import Tensor
 
 from qoq.errors import BackendUnavailable
@@ -13,6 +14,7 @@ from qoq.formats.scheme import WeightFormat
 from qoq.formats.weights import PackedWeight
 from qoq.kernels.act_quant import Activation
 from qoq.kernels.gpu.backend import unsupported as unsupported_device
+from qoq.kernels.gpu.product import product
 from qoq.kernels.gpu.tiles import BAND, Tiles, tile
 from qoq.kernels.gpu.tilings import LEAST_ROWS, MOST_TOKEN_TILES, Gpu, Shape, Tiling, choose
 from qoq.kernels.prepared import PreparedWeight
@@ -20,6 +22,7 @@ from qoq.kernels.prepared import PreparedWeight
 MULTIPLE = 32  # input channels: rows of codes are read in whole vectors
 LONGEST = 1 << 17  # input channels whose products of two bytes add up within int32
 CROWD = 16  # tiles of tokens: with up to 128 tokens each, 2048 rows of codes stay in L2
+INTERPRETED = not isinstance(product, triton.JITFunction)
 
 
 @dataclass(frozen=True)
@@ -58,24 +61,24 @@ class GpuWeight(PreparedWeight):
         Allocates its workspace by torch and waits for nothing: it may be captured in a CUDA graph.
         """
         (n, k), m = self.shape, x.codes.shape[0]
-        _check(x.codes, torch.int8, m, k)
-        _check(x.scale, torch.float32, m)
-        _check(x.row_sum, torch.int32, m)
-        _check(out, out.dtype, m, n)
+        device = self.counters.device
+        _check(device, x.codes, torch.int8, m, k)
+        _check(device, x.scale, torch.float32, m)
+        _check(device, x.row_sum, torch.int32, m)
+        _check(device, out, out.dtype, m, n)
         if bias is not None:
-            _check(bias, bias.dtype, n)
+            _check(device, bias, bias.dtype, n)
         if not (m and n):
             return out
         if tiling is None:
-            tiling = choose(m, self.traits, gpu_of(out.device))
+            tiling = choose(m, self.traits, gpu_of(device))
         outputs, bits = tiling.outputs(m, n, self.format.bits), self.format.bits
         partials = None
         if tiling.splits > 1:
             sums = (outputs, tiling.splits, tiling.channels(bits), tiling.tokens)
             partials = out.new_empty(sums, dtype=torch.int32)
         parts = self.parts
-        kernel, interpreted = _kernel()
-        kernel[outputs, tiling.splits](
+        product[outputs, tiling.splits](
             x.codes,
             x.scale,
             x.row_sum,
@@ -97,7 +100,7 @@ class GpuWeight(PreparedWeight):
             TOKENS=tiling.tokens,
             SPLITS=tiling.splits,
             CROWD=CROWD,
-            INTERPRETED=interpreted,
+            INTERPRETED=INTERPRETED,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             enable_fp_fusion=False,  # the oracle rounds products before it adds
@@ -108,12 +111,6 @@ class GpuWeight(PreparedWeight):
     def traits(self) -> Shape:
         """What the choice of a tiling depends on."""
         return Shape(*self.shape, self.parts.tiles.shape[3], self.format.bits)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads of this weight."""
-        parts = (self.parts.tiles, self.parts.groups, self.parts.scale, self.parts.offset)
-        return sum(part.nbytes for part in parts if part is not None)
 
 
 def prepare(weight: PackedWeight) -> GpuWeight:
@@ -143,16 +140,6 @@ def unsupported(device: torch.device, **what: Any) -> str | None:
 
 
 @functools.cache
-def _kernel() -> tuple[Any, bool]:
-    """The kernel, and whether it is interpreted; here, so that the module needs no Triton."""
-    import triton
-
-    from qoq.kernels.gpu.product import product
-
-    return product, not isinstance(product, triton.JITFunction)
-
-
-@functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU as the choice of tilings sees it; the interpreter takes after an H200."""
     if device.type != "cuda":
@@ -163,9 +150,9 @@ def gpu_of(device: torch.device) -> Gpu:
     )
 
 
-def _check(x: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous():
+def _check(device: torch.device, x: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous() or x.device != device:
         raise ValueError(
-            f"need a contiguous tensor {dtype} {list(shape)}, "
-            f"not {x.dtype} {list(x.shape)} with strides {x.stride()}"
+            f"need a contiguous tensor {dtype} {list(shape)} on {device}, "
+            f"not {x.dtype} {list(x.shape)} on {x.device} with strides {x.stride()}"
         )

@@ -75,6 +75,24 @@ def high_codes(pairs, scale, offset, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def gather(acc, partials, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
+    """``acc`` and what the programs of its tile have summed, [programs, channels, tokens]: all of
+    them, round from the one ``FIRST`` after this one."""
+    ROWS: tl.constexpr = acc.shape[0]
+    TOKENS: tl.constexpr = acc.shape[1]
+    inner = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    programs = tl.num_programs(1)
+    program = tl.program_id(1) + FIRST
+    end = tl.program_id(1) + programs
+    # A loop of unknown length is not unrolled: one tile at a time is all that registers hold.
+    while program < end:
+        at = partials + program % programs * (CHANNELS * TOKENS) + inner
+        acc += tl.load(at, cache_modifier=".cg")
+        program += 1
+    return acc
+
+
+@triton.jit
 def finish(
     acc,
     channel,
@@ -177,10 +195,11 @@ def product(
         if not EVEN or K % WIDTH != 0:
             mask = mask & (column[:, None] < K - step * WIDTH)
         x = tl.load(codes_at, mask=mask, other=0)
-        # Past the last step codes of rows are zero, whatever the weights are.
-        w = tl.load(tile_at) if EVEN else tl.load(tile_at, mask=step < STEPS, other=0)
+        # Past the last step there are no weights; within it, past K, zeros of x meet any weight.
+        here = tl.full((ROWS,), step, tl.int32) < STEPS
+        w = tl.load(tile_at) if EVEN else tl.load(tile_at, mask=here[:, None], other=0)
         if groups is not None:
-            g = tl.load(groups_at) if EVEN else tl.load(groups_at, mask=step < STEPS, other=0)
+            g = tl.load(groups_at) if EVEN else tl.load(groups_at, mask=here, other=0)
             low_scale = (g & 255)[:, None]
             low_offset = ((g >> 8 & 255) * 0x01010101)[:, None]
             high_scale = (g >> 16 & 255)[:, None]
@@ -200,30 +219,30 @@ def product(
 
     last = True
     if SPLITS > 1:
-        share = tl.program_id(1)
         inner = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         partials += tile.to(tl.int64) * (SPLITS * CHANNELS * TOKENS)
-        at = partials + share * (CHANNELS * TOKENS) + inner
+        at = partials + tl.program_id(1) * (CHANNELS * TOKENS) + inner
         tl.store(at, low)
         if PAIRED:
             tl.store(at + ROWS * TOKENS, high)
-        # All threads' sums are stored before one of them counts this program in. Integers: the
-        # order in which programs arrive does not matter. The last one leaves the counter at zero.
+        # All threads' sums are stored before one of them counts this program in. The last one
+        # leaves the counter at zero.
         tl.debug_barrier()
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             tl.store(counters + tile, 0)
-            for turn in range(1, SPLITS):
-                at = partials + (share + turn) % SPLITS * (CHANNELS * TOKENS) + inner
-                low += tl.load(at, cache_modifier=".cg")
-                if PAIRED:
-                    high += tl.load(at + ROWS * TOKENS, cache_modifier=".cg")
     if last:
         channel = first_row + tl.arange(0, ROWS)
         if PAIRED:
             channel += first_row // BAND * BAND
+        if SPLITS > 1:
+            low = gather(low, partials, 1, CHANNELS)
         finish(low, channel, token, act_scale, row_sum, scale, offset, bias, out, m, N, WHOLE)
         if PAIRED:
+            if SPLITS > 1:
+                # Its own sums too: by now the registers that held them were needed.
+                high = tl.zeros((ROWS, TOKENS), tl.int32)
+                high = gather(high, partials + ROWS * TOKENS, 0, CHANNELS)
             if groups is None:
                 high = (high >> 4) + 8 * tl.load(row_sum + token, mask=live, other=0)[None, :]
             channel += BAND

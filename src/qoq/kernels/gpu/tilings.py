@@ -70,6 +70,11 @@ class Tiling:
     def channels(self, bits: int) -> int:
         return self.rows * 8 // bits
 
+    @property
+    def may_split(self) -> bool:
+        """Whether the registers that hold a program's sums leave room for another's."""
+        return self.rows * self.tokens <= 64 * 32 * self.warps
+
     def outputs(self, m: int, n: int, bits: int) -> int:
         """Tiles of an output [m, n]: of all bands, whole."""
         bands = -(-n // (BAND * 8 // bits))
@@ -115,7 +120,12 @@ def _choose(m: int, shape: Shape, gpu: Gpu) -> Tiling:
         replace(tiling, splits=splits)
         for tiling in tilings(shape, gpu)
         for splits in SPLITS
-        if splits == 1 or (splits <= shape.steps and -(-m // tiling.tokens) <= MOST_TOKEN_TILES)
+        if splits == 1
+        or (
+            tiling.may_split
+            and splits <= shape.steps
+            and -(-m // tiling.tokens) <= MOST_TOKEN_TILES
+        )
     ]
     return min(candidates, key=lambda tiling: clocks(tiling, m, shape, gpu))
 

@@ -16,58 +16,132 @@ import triton
 import triton.language as tl
 
 from qoq.kernels.gpu.codes import in_order, operand, parts
-
-NOTHING = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def locate(cu_seqlens, kv_lens, rows, sequences, most, tile, ROWS: tl.constexpr):
-    """(sequence, its row's ends first and stop, position of row 0) of a tile of ROWS query rows.
-
-    Sequence s has the tiles from ``cu[s] // ROWS + s`` on, which are enough; number ``sequences``
-    is the padding behind the last one, and has no keys. Tiles with first >= stop have no rows.
-    """
-    sequence = -1
-    for start in range(0, sequences + 1, 128):
-        s = start + tl.arange(0, 128)
-        begin = tl.load(cu_seqlens + s, mask=s <= sequences, other=1 << 30)
-        sequence += tl.sum((begin // ROWS + s <= tile).to(tl.int32), axis=0)
-    begin = tl.load(cu_seqlens + sequence)
-    stop = rows
-    kv_len = 0
-    if sequence < sequences:
-        stop = tl.load(cu_seqlens + sequence + 1)
-        kv_len = tl.minimum(tl.load(kv_lens + sequence), most)
-    first = begin + (tile - begin // ROWS - sequence) * ROWS
-    return sequence, first, stop, kv_len - stop
+from qoq.kernels.gpu.fold import NOTHING, fold, locate, rescale
 
 
 @triton.jit
-def rescale(old, new):
-    """Factor exp2(old - new) of what was summed under the exponent ``old``; 0 where it was none."""
-    return tl.exp2(old - tl.where(new == NOTHING, 0.0, new))
+def find(
+    table, start, t, seen, kv_head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, STEP: tl.constexpr
+):
+    """Rows of the pages that hold tokens t [STEP] = start..: an int64 and what to add to it."""
+    if PAGE % STEP == 0:  # all on one page
+        page = tl.load(table + start // PAGE).to(tl.int64)
+        base = tl.multiple_of((page * KV_HEADS + kv_head) * PAGE + start % PAGE, 16)
+        place = t - start
+    else:
+        page = tl.load(table + t // PAGE, mask=seen, other=0).to(tl.int64)
+        base = 0
+        place = (page * KV_HEADS + kv_head) * PAGE + t % PAGE
+        place = tl.max_contiguous(tl.multiple_of(place, 16), 16)
+    return base, place
 
 
 @triton.jit
-def products(words, x0, x1, x2, x3, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr):
-    """Codes of one tile of pages, part by part, times x: one sum."""
-    y = tl.dot(operand(words, 0, BITS, SUBNORMAL, PLAIN), x0)
+def fetch(
+    codes,
+    base,
+    place,
+    seen,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
+):
+    """Words [STEP, WORDS] of those rows, or [WORDS, STEP]; zeros past a row's end."""
+    ROW: tl.constexpr = DIM * BITS // 16
+    if TOKENS_FIRST:
+        word = tl.arange(0, WORDS)[None, :]
+        place = place[:, None]
+        seen = seen[:, None]
+    else:
+        word = tl.arange(0, WORDS)[:, None]
+        place = place[None, :]
+        seen = seen[None, :]
+    at = codes + base * ROW + (place * ROW + word)
+    if BITS == 16:  # free slots may hold NaN
+        words = tl.load(at, mask=seen & (word < ROW), other=0.0)
+    elif WORDS == ROW:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=word < ROW, other=0)
+    return words
+
+
+@triton.jit
+def score(
+    words, x0, x1, x2, x3, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Keys times queries [tokens, columns], summed over the parts of the words."""
+    y = tl.dot(operand(words, 0, BITS, SUBNORMAL, INTERPRETED), x0)
     if BITS <= 8:
-        y = tl.dot(operand(words, 1, BITS, SUBNORMAL, PLAIN), x1, y)
+        y = tl.dot(operand(words, 1, BITS, SUBNORMAL, INTERPRETED), x1, y)
     if BITS == 4:
-        y = tl.dot(operand(words, 2, BITS, SUBNORMAL, PLAIN), x2, y)
-        y = tl.dot(operand(words, 3, BITS, SUBNORMAL, PLAIN), x3, y)
+        y = tl.dot(operand(words, 2, BITS, SUBNORMAL, INTERPRETED), x2, y)
+        y = tl.dot(operand(words, 3, BITS, SUBNORMAL, INTERPRETED), x3, y)
     return y
+
+
+@triton.jit
+def mix(
+    words,
+    p,
+    o0,
+    o1,
+    o2,
+    o3,
+    alpha,
+    BITS: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Each part's output times alpha, plus values times probabilities p [tokens, columns]."""
+    alpha = alpha[None, :]
+    o0 = tl.dot(operand(words, 0, BITS, SUBNORMAL, INTERPRETED), p, o0 * alpha)
+    if BITS <= 8:
+        o1 = tl.dot(operand(words, 1, BITS, SUBNORMAL, INTERPRETED), p, o1 * alpha)
+    if BITS == 4:
+        o2 = tl.dot(operand(words, 2, BITS, SUBNORMAL, INTERPRETED), p, o2 * alpha)
+        o3 = tl.dot(operand(words, 3, BITS, SUBNORMAL, INTERPRETED), p, o3 * alpha)
+    return o0, o1, o2, o3
 
 
 @triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
 def attend(
-    q, k_codes, k_scale, k_offset, v_codes, v_scale, v_offset, page_table, kv_lens, cu_seqlens,
-    out, tops, sums, rows, sequences, max_pages, slots, window, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, WINDOWED: tl.constexpr, SPREAD: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, SUBNORMAL: tl.constexpr, PLAIN: tl.constexpr,
+    q,
+    k_codes,
+    k_scale,
+    k_offset,
+    v_codes,
+    v_scale,
+    v_offset,
+    page_table,
+    kv_lens,
+    cu_seqlens,
+    out,
+    tops,
+    sums,
+    rows,
+    sequences,
+    max_pages,
+    slots,
+    window,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SPREAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     SHARING: tl.constexpr = HEADS // KV_HEADS
     GROUPS: tl.constexpr = (SHARING + GROUP - 1) // GROUP
@@ -121,14 +195,11 @@ def attend(
     first_split = low // SPLIT
     last_split = (high + SPLIT - 1) // SPLIT
     token = tl.arange(0, STEP)
-    k_word = tl.arange(0, K_WORDS)
-    v_word = tl.arange(0, V_WORDS)
     table = page_table + sequence.to(tl.int64) * max_pages
     all_top = tl.full((COLUMNS,), NOTHING, tl.float32)
     all_sum = tl.zeros((COLUMNS,), tl.float32)
-    if not SPREAD:
-        if last_split <= first_split:
-            tl.store(out + tile * DIM + spot, tl.zeros((WIDTH, COLUMNS), tl.float32), mask=inside)
+    if (not SPREAD) & (last_split <= first_split):
+        tl.store(out + tile * DIM + spot, tl.zeros((WIDTH, COLUMNS), tl.float32), mask=inside)
 
     for split in range(first_split + tl.program_id(2), last_split, tl.num_programs(2)):
         top = tl.full((COLUMNS,), NOTHING, tl.float32)
@@ -144,22 +215,9 @@ def attend(
         for start in tl.range(begin, end, STEP, num_stages=STAGES):
             t = start + token
             seen = (t >= low) & (t < high)
-            if PAGE % STEP == 0:
-                page = tl.load(table + start // PAGE).to(tl.int64)
-                base = tl.multiple_of((page * KV_HEADS + kv_head) * PAGE + start % PAGE, 16)
-                place = token
-            else:
-                page = tl.load(table + t // PAGE, mask=seen, other=0).to(tl.int64)
-                base = 0
-                place = (page * KV_HEADS + kv_head) * PAGE + t % PAGE
-                place = tl.max_contiguous(tl.multiple_of(place, 16), 16)
-
-            keys = k_codes + base * (DIM // K_PARTS) + (place[:, None] * (DIM // K_PARTS) + k_word[None, :])
-            if K_WORDS * K_PARTS == DIM:
-                words = tl.load(keys)
-            else:
-                words = tl.load(keys, mask=(k_word < DIM // K_PARTS)[None, :], other=0)
-            y = products(words, x0, x1, x2, x3, K_BITS, SUBNORMAL, PLAIN)
+            base, place = find(table, start, t, seen, kv_head, KV_HEADS, PAGE, STEP)
+            words = fetch(k_codes, base, place, seen, DIM, K_BITS, K_WORDS, True)
+            y = score(words, x0, x1, x2, x3, K_BITS, SUBNORMAL, INTERPRETED)
             if K_BITS < 16:
                 s = tl.load(k_scale + base + place).to(tl.float32)
                 o = tl.load(k_offset + base + place).to(tl.float32)
@@ -169,13 +227,7 @@ def attend(
                 hidden |= t[:, None] <= position[None, :] - window
             y = tl.where(hidden, NOTHING, y)
 
-            values = v_codes + base * (DIM // V_PARTS) + (place[None, :] * (DIM // V_PARTS) + v_word[:, None])
-            if V_BITS == 16:
-                words = tl.load(values, mask=seen[None, :] & (v_word < DIM)[:, None], other=0.0)
-            elif V_WORDS * V_PARTS == DIM:
-                words = tl.load(values)
-            else:
-                words = tl.load(values, mask=(v_word < DIM // V_PARTS)[:, None], other=0)
+            words = fetch(v_codes, base, place, seen, DIM, V_BITS, V_WORDS, False)
             if V_BITS < 16:
                 s = tl.where(seen, tl.load(v_scale + base + place), 0.0).to(tl.float32)
                 o = tl.where(seen, tl.load(v_offset + base + place), 0.0).to(tl.float32)
@@ -197,12 +249,7 @@ def attend(
                 rounded = tl.dot(tl.full((16, STEP), 1.0, tl.float16), p, rounded * alpha[None, :])
             else:
                 p = p.to(v_codes.dtype.element_ty)
-            o0 = tl.dot(operand(words, 0, V_BITS, SUBNORMAL, PLAIN), p, o0 * alpha[None, :])
-            if V_BITS <= 8:
-                o1 = tl.dot(operand(words, 1, V_BITS, SUBNORMAL, PLAIN), p, o1 * alpha[None, :])
-            if V_BITS == 4:
-                o2 = tl.dot(operand(words, 2, V_BITS, SUBNORMAL, PLAIN), p, o2 * alpha[None, :])
-                o3 = tl.dot(operand(words, 3, V_BITS, SUBNORMAL, PLAIN), p, o3 * alpha[None, :])
+            o0, o1, o2, o3 = mix(words, p, o0, o1, o2, o3, alpha, V_BITS, SUBNORMAL, INTERPRETED)
 
         if V_BITS < 16:
             # What rounding p * v_scale to fp16 took or gave, is given back at the middle code.
@@ -218,46 +265,11 @@ def attend(
             tl.store(tops + slot + head, top, mask=live)
             tl.store(sums + slot + head, p_sum, mask=live)
         else:
-            new_top = tl.maximum(all_top, top)
-            old, new = rescale(all_top, new_top), rescale(top, new_top)
-            all_top = new_top
-            all_sum = tl.fma(p_sum, new, all_sum * old)
-            earlier = tl.load(out + tile * DIM + spot, mask=inside & (split > first_split), other=0.0)
+            all_top, all_sum, old, new = fold(all_top, all_sum, top, p_sum)
+            later = tl.full((COLUMNS,), split, tl.int32) > first_split
+            earlier = tl.load(out + tile * DIM + spot, mask=inside & later[None, :], other=0.0)
             total = tl.fma(mixed, new[None, :], earlier * old[None, :])
             if split == last_split - 1:
                 total *= tl.where(all_sum == 0, 0.0, 1.0 / all_sum)[None, :]
             tl.store(out + tile * DIM + spot, total, mask=inside)
             tl.debug_barrier()  # the next split reads what this one has stored
-
-
-@triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
-def merge(
-    partial, tops, sums, kv_lens, cu_seqlens, out, rows, sequences, max_pages, slots, window,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-):
-    """out [row, head] from its splits in order, as ``attend`` folds them where it walks them all."""
-    sequence, row, stop, before = locate(
-        cu_seqlens, kv_lens, rows, sequences, max_pages * PAGE, tl.program_id(0), 1
-    )
-    if row >= stop:
-        return
-    dim = tl.arange(0, WIDTH)
-    at = row.to(tl.int64) * HEADS + tl.program_id(1)
-    low = 0
-    if WINDOWED:
-        low = tl.maximum(before + row - window + 1, 0)
-    all_top = NOTHING
-    all_sum = 0.0
-    total = tl.zeros((WIDTH,), tl.float32)
-    for split in range(low // SPLIT, (before + row + SPLIT) // SPLIT):
-        slot = at + (split % slots).to(tl.int64) * rows * HEADS
-        top = tl.load(tops + slot)
-        mixed = tl.load(partial + slot * DIM + dim, mask=dim < DIM, other=0.0)
-        new_top = tl.maximum(all_top, top)
-        old, new = rescale(all_top, new_top), rescale(top, new_top)
-        all_top = new_top
-        all_sum = tl.fma(tl.load(sums + slot), new, all_sum * old)
-        total = tl.fma(mixed, new, total * old)
-    total *= tl.where(all_sum == 0, 0.0, 1.0 / all_sum)
-    tl.store(out + at * DIM + dim, total, mask=dim < DIM)
