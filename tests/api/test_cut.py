@@ -1,7 +1,7 @@
 """Prompts cut short: which ids stay, and what cannot be asked."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qoq.api.cut import Cut
@@ -9,6 +9,8 @@ from qoq.api.protocol import CompletionRequest
 from qoq.errors import RequestError
 
 
+@example(ids=[3, 1, 4, 1, 5], count=3, right=False, bos=3)
+@example(ids=[3, 1, 4, 1, 5], count=1, right=False, bos=3)
 @given(
     ids=st.lists(st.integers(0, 9), max_size=20),
     count=st.integers(1, 20),

@@ -182,7 +182,7 @@ def test_prompts(model: Model) -> None:
     assert text(given) == "!2"
     assert asked(line(prompt=[1, 2, 3, 4], truncate_prompt_tokens=3), model).prompt == [2, 3, 4]
     tools = line(CHAT, messages=SAID, tools=[tool("f", strict=True)])
-    assert '{"name": "f", "parameters": null}' in text(tools)
+    assert '{"name": "f", "parameters": {"type": "object", "properties": {}}}' in text(tools)
     none = line(CHAT, messages=SAID, tools=TOOLS, tool_choice="none")
     assert text(none) == text(line(CHAT, messages=SAID))
 

@@ -1,6 +1,7 @@
 """Bodies that are no requests get a 4xx in OpenAI's shape, never a 500."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -55,6 +56,104 @@ async def test_bodies_that_are_no_requests(app: Client, path: str, body: bytes) 
 async def test_numbers_that_are_none(app: Client, path: str, field: str, number: str) -> None:
     body = json.dumps({**VALID[path], field: float(number)}).encode()
     assert check_error(await app.send(path, body), 400)["param"] == field
+
+
+NUMBERS = {
+    "temperature": [-1, 1e400, "hot"],
+    "top_p": [0, 1.5, -1, 10**400],
+    "min_p": [-0.1, 2],
+    "top_k": [-2, 1.5, -(10**30)],
+    "seed": [2**63, -(2**63) - 1, 10**300, 1.5],
+    "n": [0, -1, 10**30, 129],
+}
+SOME = {
+    "max_tokens": [0, -1, 10**30, 1.5],
+    "min_tokens": [-1, 10**30],
+    "presence_penalty": [-3, 3, 1e308],
+    "frequency_penalty": [-3, 3],
+    "repetition_penalty": [0, -1, 1e9],
+    "priority": [10**30],
+    "truncate_prompt_tokens": [-2, 10**30],
+    "stop_token_ids": [[-1], [10**9], [2**70], [True], [1.5], ["a"], 5],
+    "allowed_token_ids": [[-1], [10**9], [2**70], [False], {}],
+    "logit_bias": [{"a": 1}, {"-1": 1}, {"5": 101}, {"99999": 1}, {"5": True}, {"5": None}, [1]],
+    "bad_words": [[""], [5], "a"],
+    "stop": [[""], [5], {}],
+    "guided_regex": ["(", 5, ""],
+    "guided_choice": [[], [5], "ab"],
+    "structured_outputs": [{"regex": "a", "json": {}}, {"x": 1}, "a"],
+    "response_format": [{"type": "xml"}, {"type": "json_schema"}, {"type": ["text"]}, 5],
+    "stream_options": [{"include_usage": "perhaps"}, {}, 5],
+}
+
+
+def wrong_values() -> list[tuple[str, str, Any]]:
+    texts, chat, responses = ROUTES[:3]
+    found = [(path, *pair) for path in ROUTES[:3] for pair in NUMBERS.items()]
+    found += [(path, *pair) for path in (texts, chat) for pair in SOME.items()]
+    found += [
+        (texts, "prompt", [[-1], [2**70], [True], [[5], [10**9]], [[5], []], ["a", 5], [], {}]),
+        (texts, "logprobs", [-1, 21, 10**30]),
+        (texts, "prompt_logprobs", [-1, 21]),
+        (chat, "top_logprobs", [-1, 21, 3]),
+        (chat, "max_completion_tokens", [0, -1, 10**30]),
+        (chat, "messages", [[], [5], [{}], [{"role": 5, "content": "a"}], "a"]),
+        (responses, "max_output_tokens", [0, -1, 10**30]),
+        (responses, "input", [5, [], [5], [{"role": "user", "content": 5}]]),
+        ("/detokenize", "tokens", [[-1], [2**70], [True], [1.5], "a", 5]),
+        ("/tokenize", "prompt", [5, ["a"]]),
+    ]
+    return [(path, field, value) for path, field, values in found for value in values]
+
+
+@pytest.mark.parametrize(("path", "field", "value"), wrong_values())
+async def test_values_out_of_range(app: Client, path: str, field: str, value: Any) -> None:
+    check_error(await app.post(path, {**VALID[path], field: value}), 400)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_true_is_no_number(app: Client, path: str) -> None:
+    names = [*NUMBERS, "prompt", "tokens", "messages", "input"]
+    names += [] if path == ROUTES[2] else ["max_tokens", "min_tokens", "presence_penalty"]
+    known = (await app.get("/openapi.json")).json()
+    content = known["paths"][path]["post"]["requestBody"]["content"]
+    name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    fields = known["components"]["schemas"][name]["properties"]
+    asked = [name for name in names if name in fields]
+    assert asked
+    for name in asked:
+        error = check_error(await app.post(path, {**VALID[path], name: True}), 400)
+        assert error["param"] == name
+
+
+MANY: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompts": (ROUTES[0], {"prompt": ["a"] * 200_000}),
+    "wrong prompts": (ROUTES[0], {"prompt": ["a"] * 200_000 + [5]}),
+    "ids": (ROUTES[0], {"prompt": [5] * 1_000_000}),
+    "wrong ids": (ROUTES[0], {"prompt": [1.5] * 1_000_000}),
+    "messages": (ROUTES[1], {"messages": [5] * 1_000_000}),
+    "stop strings": (ROUTES[0], {"prompt": "a", "stop": [5] * 1_000_000}),
+    "biases": (ROUTES[0], {"prompt": "a", "logit_bias": {str(i): "x" for i in range(300_000)}}),
+    "words": (ROUTES[0], {"prompt": "a", "allowed_token_ids": [-1] * 1_000_000}),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+async def test_a_million_of_anything_is_refused_soon(app: Client, name: str) -> None:
+    """Nobody else is served while a body is looked at, so that must be over soon."""
+    path, body = MANY[name]
+    raw = json.dumps(body).encode()
+    start = time.process_time()
+    check_error(await app.send(path, raw), 400)
+    assert time.process_time() - start < 2
+
+
+async def test_bodies_of_10_mb(app: Client) -> None:
+    for path in ROUTES[:4]:
+        text = "word " * 2_000_000
+        talk = [{"role": "user", "content": text}]
+        body = {**VALID[path], "prompt": text, "messages": talk, "input": text}
+        check_error(await app.post(path, body), 413)
 
 
 @pytest.mark.parametrize("path", ROUTES)

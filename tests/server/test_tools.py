@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers import serving
 from helpers.calling import TOOLS, WEATHER, led_to, obeys, tool, write_calling_llama
@@ -29,6 +31,8 @@ TEXTS: list[tuple[str, str | None, list[tuple[str, str]]]] = [
         [("weather", ARGUMENTS), ("now", "{}")],
     ),
     ("a < b <tool_cal", "a < b <tool_cal", []),
+    # All of this call is known with the last token.
+    ('<tool_call>{"name": "now"}', None, [("now", "{}")]),
 ]
 
 
@@ -339,6 +343,53 @@ async def test_a_megabyte_of_schema(app: Client, model: ServedModel, choice: str
         got = await other.post(PATH, body)
         assert got.status_code == 400
         assert got.json()["error"]["param"] == ("tools" if choice == "required" else "tool_choice")
+
+
+# A server decodes surrogates from JSON's escapes, so they may be anywhere.
+TEXT = st.text(max_size=6) | st.sampled_from(["\ud800", "f", "object", "string", "#/$defs/f"])
+KEYS = st.sampled_from(
+    ["type", "function", "name", "parameters", "strict", "properties", "$defs", "$ref", "items"]
+)
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | TEXT | st.just("function"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXT, inner, max_size=4),
+    max_leaves=8,
+)
+FUNCTION = st.fixed_dictionaries(
+    {"name": TEXT, "parameters": ANY}, optional={"strict": st.booleans(), "description": ANY}
+)
+SOME_TOOLS = st.lists(
+    st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION}) | ANY, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    tools=SOME_TOOLS,
+    choice=st.sampled_from(["auto", "required", "none"])
+    | st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION})
+    | ANY,
+    calls=st.lists(ANY, max_size=2) | st.none(),
+    stream=st.booleans(),
+)
+async def test_whatever_tools_are_there_is_an_answer(
+    app: Client, tools: Any, choice: Any, calls: Any, stream: bool
+) -> None:
+    talk = [*TALK, {"role": "assistant", "tool_calls": calls}]
+    body = {"messages": talk, "tools": tools, "tool_choice": choice, "max_tokens": 2}
+    got = await app.post(PATH, {**body, "stream": stream})
+    assert got.status_code in (200, 400), got.text
+    if stream and got.status_code == 200:
+        assert got.text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in got.text
+    functions = [{"type": "function", **t["function"]} for t in tools if _is_function(t)]
+    flat = {"input": "a", "tools": functions, "tool_choice": choice, "max_output_tokens": 2}
+    got = await app.post("/v1/responses", {**flat, "stream": stream})
+    assert got.status_code in (200, 400), got.text
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("function"), dict)
 
 
 async def test_deep_tools_are_refused(app: Client) -> None:

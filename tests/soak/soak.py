@@ -30,10 +30,13 @@ class Soak:
     """What was sent and what came of it."""
 
     port: int
+    server: psutil.Process
+    every: int  # requests between two looks at the server's memory
     sent: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     compared: int = 0
+    rss_mb: list[float] = field(default_factory=list)
 
     async def send(self, asks: Iterator[Ask], concurrency: int) -> None:
         """All of them, so many at a time."""
@@ -43,6 +46,8 @@ class Soak:
         for ask in asks:
             kind = ask.name.partition(":")[0] if ask.name.startswith("bad") else ask.name
             self.sent[kind] += 1
+            if self.sent.total() % self.every == 0:
+                self.rss_mb.append(_rss_mb(self.server))
             try:
                 answer = await call(self.port, ask.message, leave=ask.leave)
             except TimeoutError:
@@ -80,14 +85,14 @@ def soak(
         info = httpx.get(f"{url}/v1/models").json()["data"][0]
         vocab = httpx.get(f"{url}/tokenizer_info").json()["vocab_size"]
         asks = Asks(rng, context=info["max_model_len"], vocab=vocab, words=words)
-        run = Soak(port)
+        server = psutil.Process(child.pid)
+        run = Soak(port, server, max(1, requests // 20))
         # Before the noise: what some requests are answered when they are alone.
         expected = [
             (path, body, _alone(url, path, body))
             for path, body in (asks.reference() for _ in range(REFERENCES))
         ]
         stream = _drawn(asks, expected, rng, run)
-        server = psutil.Process(child.pid)
         start = time.monotonic()
         warm = int(requests * WARM)
         asyncio.run(run.send(itertools.islice(stream, warm), concurrency))
@@ -118,6 +123,7 @@ def soak(
         "held_when_warm": before,
         "held_at_end": after,
         "rss_growth": round(growth, 4),
+        "rss_mb_meanwhile": run.rss_mb,
         "log_errors": [line[:500] for line in lines if '"level": "error"' in line][:20],
         "problems": run.problems[:50],
         "num_problems": len(run.problems),
@@ -176,9 +182,13 @@ def _held(server: psutil.Process) -> dict[str, float]:
     """What the process holds: memory, files, threads, children and their memory."""
     children = server.children(recursive=True)
     return {
-        "rss_mb": round(server.memory_info().rss / 2**20, 1),
+        "rss_mb": _rss_mb(server),
         "files": server.num_fds(),
         "threads": server.num_threads(),
         "children": len(children),
-        "children_rss_mb": round(sum(c.memory_info().rss for c in children) / 2**20, 1),
+        "children_rss_mb": round(sum(map(_rss_mb, children)), 1),
     }
+
+
+def _rss_mb(process: psutil.Process) -> float:
+    return round(process.memory_info().rss / 2**20, 1)

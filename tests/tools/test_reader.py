@@ -46,6 +46,7 @@ def test_calls_end_a_text_unless_it_was_cut_off() -> None:
         ("hermes", "a <tool_call>no json</tool_call> b", "a no json b"),
         ("hermes", "a</tool_call>b <tool_call>", "ab "),
         ("hermes", '<tool_call><tool_call>{"name": "f"}</tool_call>', ""),
+        ("hermes", 'a</tool_call>{"name": "f"}', 'a{"name": "f"}'),
         ("mistral", "well [TOOL_CALLS]?!\n", "well ?!\n"),
         ("mistral", "a[ARGS][CALL_ID]b", "ab"),
         ("mistral", "a [TOOL_CALLS]", "a "),

@@ -1,6 +1,7 @@
 """What OpenAI's API says and hears, shared by all that speak it: the server and batches.
 
-protocol  the bodies of requests            checks    what of them is refused by name
+protocol  the bodies of requests            fields    types of what may be very long
+checks    what of them is refused by name
 sampling  their fields to SamplingParams    rules     those about which tokens are drawn
 forms     the form that a text must have    messages  conversations as templates expect them
 cut       prompts cut short                 logprobs  tokens with their log-probabilities

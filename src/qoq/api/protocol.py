@@ -6,20 +6,22 @@ matter.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    StrictInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from qoq.api.fields import List, Prompt, TokenIds, check_biases
 from qoq.errors import RequestError
 
-TokenIds = list[StrictInt]
 DEFAULT_MAX_TOKENS = 16  # of completions
 _INT64 = 1 << 63
 
@@ -28,6 +30,15 @@ class Body(BaseModel):
     """Base of all requests."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            wanted = cls.model_fields[str(info.field_name)].annotation
+            if bool not in (wanted, *get_args(wanted)):
+                raise ValueError("true and false are no values for this")
+        return value
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Self:
@@ -55,7 +66,7 @@ class SamplingFields(Body):
     min_p: float | None = None
     seed: int | None = Field(None, description="The same seed gives the same text.")
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
     min_tokens: int | None = None
@@ -63,8 +74,8 @@ class SamplingFields(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     length_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(check_biases)] = None
+    bad_words: List[str] | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
@@ -80,7 +91,7 @@ class SamplingFields(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: List[str] | None = None
     guided_grammar: str | None = None
     priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
         0, description="Lower is served first."
@@ -111,7 +122,7 @@ class SamplingFields(Body):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: Prompt
     suffix: str | None = None
     max_tokens: int | None = 16
     echo: bool = False
@@ -149,22 +160,22 @@ class Message(Body):
     """One message of a conversation; what else it has is for the chat template."""
 
     role: str
-    content: str | list[TextPart | str] | None = None
-    tool_calls: list[MessageCall] | None = None
+    content: str | List[TextPart | str] | None = None
+    tool_calls: List[MessageCall] | None = None
     tool_call_id: str | None = None
 
 
 class ChatFields(Body):
     """What shapes a conversation's prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[List[Message], Field(min_length=1)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    documents: List[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
     def _one_ending(self) -> "ChatFields":
@@ -182,7 +193,7 @@ class ChatRequest(ChatFields, SamplingFields):
     top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: List[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     echo: bool = False
     return_token_ids: bool = False
@@ -193,14 +204,14 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: List[Message] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeRequest":
@@ -220,7 +231,7 @@ class ResponsesRequest(Body):
     """POST /v1/responses: text and calls of functions; nothing is stored."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | List[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -235,11 +246,11 @@ class ResponsesRequest(Body):
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
-    include: list[str] | None = None
+    include: List[str] | None = None
     prompt: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0

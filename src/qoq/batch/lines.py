@@ -12,7 +12,7 @@ from qoq.api.checks import check_chat, check_completion
 from qoq.api.cut import Cut
 from qoq.api.forms import requested_form
 from qoq.api.logprobs import LogprobWriter, best
-from qoq.api.messages import plain_message, shown_tools
+from qoq.api.messages import plain_messages, shown_tools
 from qoq.api.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, SamplingFields
 from qoq.api.sampling import Ends, sampling_params
 from qoq.engine.request import Output, SamplingParams
@@ -124,7 +124,7 @@ def _chat(line: Line, model: Model) -> Asked:
     )
     tools = None if plan.choice == "none" else shown_tools(body.tools)
     text = model.tokenizer.chat_template(body.chat_template, tools=bool(tools)).render(
-        [plain_message(message) for message in body.messages],
+        plain_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         tools=tools,

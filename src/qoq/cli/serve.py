@@ -171,8 +171,13 @@ def serve(
     ] = 60.0,
     max_request_bytes: Annotated[
         int,
-        typer.Option(parser=count, metavar="BYTES", help="Largest body.", rich_help_panel=_HTTP),
-    ] = 32 << 20,
+        typer.Option(
+            parser=count,
+            metavar="BYTES",
+            help="Largest body. All streams wait while one is parsed, up to 0.1 s a megabyte.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = 16 << 20,
     root_path: Annotated[
         str, typer.Option(help="Path a proxy puts before ours.", rich_help_panel=_HTTP)
     ] = "",

@@ -1,12 +1,15 @@
 """Values a request may bring, checked one by one; errors name the field and what it must be."""
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError
 
+_SHORT = reprlib.Repr()  # values may have a million parts
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_BIAS = 100.0
@@ -15,9 +18,7 @@ MAX_BIAS = 100.0
 def require(good: bool, params: object, name: str, wanted: str) -> None:
     """Raise RequestError "NAME must be WANTED, not VALUE." unless ``good``."""
     if not good:
-        value = repr(getattr(params, name))
-        shown = value if len(value) <= 200 else f"{value[:200]}..."
-        raise RequestError(f"{name} must be {wanted}, not {shown}.")
+        raise RequestError(f"{name} must be {wanted}, not {_SHORT.repr(getattr(params, name))}.")
 
 
 def is_int(value: object) -> bool:

@@ -104,11 +104,7 @@ class AsyncEngine:
         if self.draining:
             self.metrics.rejected("shutting_down", len(prompts))
             raise shutting_down()
-        if len(prompts) > self._max_open:
-            raise bad_request(
-                f"The request asks for {len(prompts)} texts; this server takes {self._max_open} at "
-                "a time. Send fewer prompts, or a smaller n, in one request."
-            )
+        self.check_count(len(prompts))
         if len(self._open) + len(prompts) > self._max_open:
             self.metrics.rejected("queue_full", len(prompts))
             raise queue_full()
@@ -119,6 +115,14 @@ class AsyncEngine:
         self._idle.clear()
         self._post(*[self._adding(ticket) for ticket in generation.tickets])
         return generation
+
+    def check_count(self, texts: int) -> None:
+        """Raise an APIError 400 for more texts than one request can ever have taken."""
+        if texts > self._max_open:
+            raise bad_request(
+                f"The request asks for {texts} texts; this server takes {self._max_open} at a "
+                "time. Send fewer prompts, or a smaller n, in one request."
+            )
 
     async def drain(self, timeout: float) -> bool:
         """Take nothing new and wait for what is open; what is left after ``timeout`` s gets a 503.

@@ -64,7 +64,9 @@ class _Job:
         prompts: list[list[int]] = []
         shown: list[str] = []
         texts: Texts = []
-        for prompt in _as_list(body.prompt):
+        asked_for = _as_list(body.prompt)
+        context.engine.check_count(len(asked_for) * (body.n or 1))
+        for prompt in asked_for:
             ids = await context.prompts.encode_any(prompt, special=body.add_special_tokens, cut=cut)
             params = sampling_params(
                 body,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from qoq.api.cut import Cut
-from qoq.api.messages import plain_message, shown_tools
+from qoq.api.messages import plain_messages, shown_tools
 from qoq.api.protocol import Message, SamplingFields
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
@@ -81,6 +81,8 @@ class Prompts:
         """Ids of a text, or the ids given once they are found to be of this vocabulary."""
         if isinstance(prompt, str):
             return await self.encode(prompt, special=special, cut=cut)
+        if cut is None and len(prompt) >= self.max_model_len:  # before a million are looked at
+            raise self._too_long(str(len(prompt)))
         self.check_ids(prompt, "prompt")
         ids = list(prompt)
         return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
@@ -101,7 +103,7 @@ class Prompts:
         brings, in place of the model's.
         """
         chosen = self._chosen(template, with_tools=bool(tools))
-        plain = [plain_message(message) for message in messages]
+        plain = plain_messages(messages)
         return await asyncio.get_running_loop().run_in_executor(
             self._renderer,
             lambda: self._templates.render(

@@ -20,7 +20,7 @@ class ServerSettings:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     max_queued: int = 1024
-    max_request_bytes: int = 32 << 20
+    max_request_bytes: int = 16 << 20
     request_timeout: float | None = None
     body_timeout: float = 60.0
     template_timeout: float = 5.0

@@ -31,11 +31,12 @@ def cuda(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def compiler(request: pytest.FixtureRequest) -> Compiler:
+def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiler:
     """Compiles kernels for GPUs that need not be here; Triton's cache outlives the session."""
     if "QOQ_NO_MACHINE_CODE" in os.environ:  # qoq gpu-check, whose time is short
         pytest.skip("QOQ_NO_MACHINE_CODE is set")
-    return Compiler(request.config.cache.mkdir("triton"))
+    cache = getattr(request.config, "cache", None)  # pytest's, which may be switched off
+    return Compiler(cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")

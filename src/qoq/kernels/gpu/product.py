@@ -75,18 +75,20 @@ def high_codes(pairs, scale, offset, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def gather(acc, partials, CHANNELS: tl.constexpr):
-    """``acc`` and what the other programs of its tile have summed, [programs, channels, tokens]."""
+def gather(acc, partials, FIRST: tl.constexpr, CHANNELS: tl.constexpr):
+    """``acc`` and what the programs of its tile have summed, [programs, channels, tokens]: all of
+    them, round from the one ``FIRST`` after this one."""
     ROWS: tl.constexpr = acc.shape[0]
     TOKENS: tl.constexpr = acc.shape[1]
     inner = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     programs = tl.num_programs(1)
-    turn = 1
+    program = tl.program_id(1) + FIRST
+    end = tl.program_id(1) + programs
     # A loop of unknown length is not unrolled: one tile at a time is all that registers hold.
-    while turn < programs:
-        program = (tl.program_id(1) + turn) % programs
-        acc += tl.load(partials + program * (CHANNELS * TOKENS) + inner, cache_modifier=".cg")
-        turn += 1
+    while program < end:
+        at = partials + program % programs * (CHANNELS * TOKENS) + inner
+        acc += tl.load(at, cache_modifier=".cg")
+        program += 1
     return acc
 
 
@@ -234,11 +236,13 @@ def product(
         if PAIRED:
             channel += first_row // BAND * BAND
         if SPLITS > 1:
-            low = gather(low, partials, CHANNELS)
+            low = gather(low, partials, 1, CHANNELS)
         finish(low, channel, token, act_scale, row_sum, scale, offset, bias, out, m, N, WHOLE)
         if PAIRED:
             if SPLITS > 1:
-                high = gather(high, partials + ROWS * TOKENS, CHANNELS)
+                # Its own sums too: by now the registers that held them were needed.
+                high = tl.zeros((ROWS, TOKENS), tl.int32)
+                high = gather(high, partials + ROWS * TOKENS, 0, CHANNELS)
             if groups is None:
                 high = (high >> 4) + 8 * tl.load(row_sum + token, mask=live, other=0)[None, :]
             channel += BAND

@@ -266,9 +266,8 @@ def attend(
             tl.store(sums + slot + head, p_sum, mask=live)
         else:
             all_top, all_sum, old, new = fold(all_top, all_sum, top, p_sum)
-            earlier = tl.load(
-                out + tile * DIM + spot, mask=inside & (split > first_split), other=0.0
-            )
+            later = tl.full((COLUMNS,), split, tl.int32) > first_split
+            earlier = tl.load(out + tile * DIM + spot, mask=inside & later[None, :], other=0.0)
             total = tl.fma(mixed, new[None, :], earlier * old[None, :])
             if split == last_split - 1:
                 total *= tl.where(all_sum == 0, 0.0, 1.0 / all_sum)[None, :]
