@@ -5,10 +5,11 @@
 # make emulate-amx    run the amx kernels' own machine code on a processor that has AVX-512 but no AMX
 # make check-native    test the kernels on this machine's processor without Python
 # make emulate-arm    likewise on emulated Arm processors
+# make gpu-check   everything there is for GPUs, checked and measured on this machine's (8 minutes)
 # make lint    ruff, mypy, formats of Python and C++      make format   rewrite in place
 # make clean   remove caches and the demo's output (keeps .venv; `rm -r .venv` starts afresh)
 #
-# Every other target first makes .venv in this folder, with qoq installed in editable mode and its C++
+# The others but gpu-check first make .venv in this folder, with qoq in editable mode and its C++
 # extension compiled; it is compiled again when its sources change.
 
 # The Python to build .venv with: 3.11 or newer.
@@ -27,7 +28,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard src/qoq/kernels/cpu/*.cpp src/qoq/kernels/cpu/*.h)
 FORMATTED := $(SOURCES) $(wildcard tests/amx/*.cpp tests/arm/*.cpp tests/arm/*.h)
 
-.PHONY: demo accuracy test sanitize emulate-amx check-native emulate-arm lint format clean
+.PHONY: demo accuracy test gpu-check sanitize emulate-amx check-native emulate-arm lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -40,6 +41,12 @@ accuracy: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Needs no C++ extension: .venv's Python if there is one, else $(PYTHON), on the sources as they lie.
+# Options: make gpu-check CHECK="--only gemm --resume"
+CHECK ?=
+gpu-check:
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m qoq gpu-check $(CHECK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

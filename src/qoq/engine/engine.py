@@ -79,7 +79,7 @@ class Engine:
         self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
         self._rows = Rows(max_requests, most_pages, pool.page_size, device)
-        record = None if enforce_eager else recorder(device)
+        record = None if enforce_eager or backend == "oracle" else recorder(device)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(

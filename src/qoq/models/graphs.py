@@ -5,6 +5,7 @@ launches with all addresses and sizes, so a step's batch is written into memory 
 is and padded to the next size that was recorded: rows of no sequence, sequences without rows.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 
@@ -16,8 +17,8 @@ from qoq.models.batch import Batch, BatchShape
 
 Step = Callable[[Batch], Tensor]
 """Logits fp32 [T, V] of a batch; writes its keys and values."""
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-"""Runs something and returns what runs it again, and its result, which is overwritten by that."""
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Runs something and returns what runs it again; each result overwrites the one before."""
 Progress = Callable[[int, int], None]
 
 _FEWEST_PAGES = 16
@@ -43,7 +44,7 @@ class DecodeGraphs:
         self._record = record
         self._sequences = sequence_sizes(sequences)
         self._pages = page_sizes(pages)
-        self._recorded: dict[BatchShape, tuple[Callable[[], object], Tensor]] = {}
+        self._recorded: dict[BatchShape, Callable[[], Tensor]] = {}
 
     def shape(self, sequences: int, pages: int) -> BatchShape | None:
         """The smallest size that holds such a batch; None: it must run as it is."""
@@ -55,13 +56,12 @@ class DecodeGraphs:
         """Logits fp32 [T, V] of the batch that ``fill`` writes, in CPU memory, over one of this
         shape. The next run overwrites them.
         """
-        replay, logits = self._recording(shape)
+        replay = self._recording(shape)
         # New pinned memory each time: what was there may still be on its way to the GPU.
         host = shape.flat(pinned=self._device.type == "cuda")
         fill(shape.views(host))
         self._memory[: len(host)].copy_(host, non_blocking=True)
-        replay()
-        return logits
+        return replay()
 
     def record_all(self, progress: Progress = lambda done, total: None) -> None:
         """Record every size, the largest first: smaller ones then fit into its memory."""
@@ -71,7 +71,7 @@ class DecodeGraphs:
             self._recording(shape)
         progress(len(shapes), len(shapes))
 
-    def _recording(self, shape: BatchShape) -> tuple[Callable[[], object], Tensor]:
+    def _recording(self, shape: BatchShape) -> Callable[[], Tensor]:
         found = self._recorded.get(shape)
         if found is None:
             padding = shape.flat()
@@ -113,21 +113,51 @@ def recorder(device: torch.device) -> Record | None:
 
 
 class CudaGraphs:
-    """Records CUDA graphs that share one pool of memory: only one may run at a time."""
+    """Records CUDA graphs that share one pool of memory: only one may run at a time.
+
+    A step that waits for the GPU, as those of torch oracles do, cannot be recorded. It then runs as
+    it is, with a warning.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        self._can: bool | None = None  # not known yet
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See ``Record``."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            run()  # compiles kernels and makes what is made once, which a recording cannot hold
+            run()  # compiles kernels and makes what is made once, which a graph cannot hold
+            if self._can is None:
+                self._can = _never_waits(run)
         torch.cuda.current_stream().wait_stream(self._stream)
+        if not self._can:
+            return run
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             out = run()
-        return graph.replay, out
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def _never_waits(run: Callable[[], Tensor]) -> bool:
+    """Whether a step can be recorded. Found out beforehand: a recording that fails leaves torch's
+    allocator in the midst of it.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        warnings.warn(f"decode steps cannot be recorded as CUDA graphs ({error})", stacklevel=2)
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return True

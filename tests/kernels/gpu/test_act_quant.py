@@ -16,6 +16,8 @@ from qoq.kernels.gpu import act_quant as twin
 WIDTHS = st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 1000, 2048, 4099]))
 FEW = settings(max_examples=30)
 
+pytestmark = pytest.mark.usefixtures("faithful")
+
 
 @FEW
 @given(m=st.integers(1, 9), k=WIDTHS, spread=st.sampled_from([0.0, 3.0, 30.0, 44.0]))

@@ -17,6 +17,8 @@ from qoq.kernels.sample import SamplingBatch, sample_oracle
 
 FEW = settings(max_examples=12)
 
+pytestmark = pytest.mark.usefixtures("faithful")
+
 
 def cpu(params: SamplingBatch) -> SamplingBatch:
     return SamplingBatch(**{f.name: getattr(params, f.name).cpu() for f in fields(params)})

@@ -32,13 +32,16 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Bench:
-    """``backend`` is that of our kernels; ``ceilings`` those measured before, if any were."""
+    """``backend`` is that of our kernels; ``ceilings`` those measured before, if any were;
+    ``seconds``: what the part may take.
+    """
 
     device: torch.device
     clock: Clock
     backend: str = "gpu"
     ceilings: Ceilings | None = None
     cold_bytes: int = COLD_BYTES
+    seconds: float = 60.0
 
     def in_turn(
         self, name: str, make: Callable[[], T], size: int, call: Callable[[T], object]

@@ -54,23 +54,20 @@ def run(
 ) -> None:
     """Run the parts and put what they show into ``results``, by name; ``save`` after each.
 
-    ``seconds`` bounds all of them; a part gets its own share at most.
+    ``seconds`` bounds all of them; what is left of them is shared by what parts usually need.
     """
     end = time.monotonic() + seconds
-    for part in parts:
-        left = end - time.monotonic()
+    for number, part in enumerate(parts):
         start = time.monotonic()
-        if left < 5:
-            results[part.name] = {"status": "stopped", "seconds": 0.0, "rows": []}
-            save()
-            continue
-        tell(f"{part.name} ({min(left, part.seconds + part.warm_seconds):.0f} s at most)")
+        usual = sum(other.seconds + other.warm_seconds for other in parts[number:])
+        stretch = (end - start) / usual
+        tell(f"{part.name} ({stretch * (part.seconds + part.warm_seconds):.0f} s at most)")
         if part.warm is not None:
-            _warm(part, worker, min(part.warm_seconds, left))
-        left = end - time.monotonic()
+            _warm(part, worker, stretch * part.warm_seconds)
+        own = start + stretch * (part.seconds + part.warm_seconds) - time.monotonic()
         known = measured(results.get("ceilings", {}).get("rows", []))
         ceilings = json.dumps(None if known is None else asdict(known))
-        result = _run(part, worker, ceilings, min(part.seconds, left))
+        result = _run(part, worker, ceilings, own)
         results[part.name] = {**result, "seconds": round(time.monotonic() - start, 1)}
         save()
 
@@ -113,7 +110,8 @@ def _run(part: Part, worker: Sequence[str], ceilings: str, seconds: float) -> Re
     with tempfile.TemporaryDirectory() as folder:
         file, told = Path(folder, "rows.jsonl"), Path(folder, "told.txt")
         with told.open("wb") as output:
-            code = _finish(_start([*worker, part.name, str(file), ceilings], output), seconds)
+            command = [*worker, part.name, str(file), ceilings, str(seconds)]
+            code = _finish(_start(command, output), seconds)
         status = "stopped" if code is None else "failed" if code else "done"
         result: Result = {"status": status, "rows": _read(file)}
         if status == "failed":
