@@ -59,38 +59,40 @@ def compare(
         assert torch.equal(before, after)
 
 
+# (bits, query heads, KV heads, dim, rotary pairs, page size, float pages, rotated)
+KERNELS = [
+    ((4, 4), 4, 2, 64, 32, 16, None, False),
+    ((4, 4), 6, 2, 46, 11, 4, None, True),
+    ((8, 8), 9, 1, 256, 128, 1, None, False),
+    ((8, 4), 3, 3, 6, 1, 4, None, True),
+    ((4, 8), 1, 1, 10, 5, 1, None, False),
+    ((16, 16), 4, 2, 80, 40, 16, torch.bfloat16, False),
+    ((16, 16), 1, 1, 2, 1, 4, torch.float32, True),
+    ((16, 4), 6, 2, 96, 24, 16, torch.float16, False),
+    ((8, 16), 3, 3, 128, 32, 1, torch.bfloat16, True),
+]
+
+
 @settings(
     max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
-    bits=st.sampled_from(BITS),
+    kernel=st.sampled_from(KERNELS),
     t=st.integers(0, 9),
-    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3), (9, 1)]),
-    d=st.sampled_from([2, 6, 10, 32, 46, 64, 80, 96, 128, 256]),
-    cut=st.sampled_from([1, 2, 3]),
-    page_size=st.sampled_from([1, 4, 16]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     fused=st.booleans(),
     centered=st.booleans(),
-    rotated=st.booleans(),
     data=st.data(),
 )
 def test_pages_and_queries_are_the_oracles(
     device: torch.device,
-    bits: tuple[int, int],
+    kernel: tuple[tuple[int, int], int, int, int, int, int, torch.dtype | None, bool],
     t: int,
-    heads: tuple[int, int],
-    d: int,
-    cut: int,
-    page_size: int,
-    dtype: torch.dtype,
     fused: bool,
     centered: bool,
-    rotated: bool,
     data: st.DataObject,
 ) -> None:
-    hq, hkv = heads
+    bits, hq, hkv, d, pairs, page_size, dtype, rotated = kernel
     num_pages = -(-12 // page_size)
     pages = garbage(bits, num_pages, hkv, page_size, d)
     for name in ("k_codes", "v_codes"):
@@ -112,8 +114,7 @@ def test_pages_and_queries_are_the_oracles(
     center = torch.randn(hkv, d) * 4 if centered else None
     rotation = torch.linalg.qr(torch.randn(d, d))[0] if rotated else None
     slot_tensor = torch.tensor(slots, dtype=torch.int64)
-    turns = angles(t, d // 2 // cut)
-    compare(device, q, k, v, *turns, slot_tensor, center, rotation, pages=pages)
+    compare(device, q, k, v, *angles(t, pairs), slot_tensor, center, rotation, pages=pages)
 
 
 @pytest.mark.parametrize("d", [64, 128])
