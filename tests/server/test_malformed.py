@@ -73,7 +73,7 @@ SOME = {
     "frequency_penalty": [-3, 3],
     "repetition_penalty": [0, -1, 1e9],
     "priority": [10**30],
-    "truncate_prompt_tokens": [-1, 10**30],
+    "truncate_prompt_tokens": [-2, 0, 10**30],
     "stop_token_ids": [[-1], [10**9], [2**70], [True], [1.5], ["a"], 5],
     "allowed_token_ids": [[-1], [10**9], [2**70], [False], {}],
     "logit_bias": [{"a": 1}, {"-1": 1}, {"5": 101}, {"99999": 1}, {"5": True}, {"5": None}, [1]],
