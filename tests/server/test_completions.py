@@ -201,9 +201,9 @@ async def test_too_long_names_both_lengths(app: Client) -> None:
     assert (await app.post(PATH, {"prompt": [5] * 127, "max_tokens": 1})).status_code == 200
 
 
-async def test_ten_megabytes_of_prompt_are_refused_quickly(app: Client) -> None:
+async def test_megabytes_of_prompt_are_refused_quickly(app: Client) -> None:
     start = asyncio.get_running_loop().time()
-    got = await app.post(PATH, {"prompt": "hello " * 1_700_000})
+    got = await app.post(PATH, {"prompt": "hello " * 1_300_000})
     assert got.status_code == 400
     assert "context is 128" in got.json()["error"]["message"]
     assert asyncio.get_running_loop().time() - start < 10
