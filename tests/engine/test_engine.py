@@ -1,6 +1,8 @@
 """Engine: paging, chunks, order, batch independence; the decoder is a hash of its cache."""
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from helpers.stub_decoder import PAGE, StubDecoder, stub_engine
 from qoq.engine.choices import choices
 from qoq.engine.engine import Engine, check_length, pages_needed
 from qoq.engine.request import Request, SamplingParams
+from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.errors import RequestError
 
 VOCAB = 61
@@ -320,3 +323,33 @@ def test_sampling_parameters_stay_with_their_request() -> None:
     assert any(r.token_ids != expected(r.prompt_ids, 8) for r in hot), "nothing was sampled"
     greedy = [r for r, (_, p) in zip(alone, wanted, strict=True) if p.temperature == 0]
     assert all(r.token_ids == expected(r.prompt_ids, 8) for r in greedy)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "logprobs": 2},
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "stop_token_ids": [3]},
+        {"min_tokens": 2, "logit_bias": {5: 3.0}, "allowed_token_ids": [3, 5, 7]},
+    ],
+)
+def test_nothing_holds_a_request_that_is_over(asked: dict[str, Any], leaves: bool) -> None:
+    """Else a server grows with every request, until it dies."""
+    e = engine(guess=guesser(SpeculativeConfig(2, prompt_lookup_min=1)))
+    requests = [e.add([1, 2, 3], SamplingParams(max_tokens=9, **asked)) for _ in range(3)]
+    held = [weakref.ref(request) for request in requests]
+    for _ in range(3):
+        e.step()
+    if leaves:
+        for request in requests:
+            e.abort(request)
+    run(e)
+    assert all(request.finish_reason for request in requests)
+    del requests
+    if leaves:
+        del request
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3

@@ -1,9 +1,11 @@
 """Structured output: what is drawn has the form asked for, and what explodes is cut off."""
 
+import gc
 import json
 import math
 import re
 import time
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,13 @@ def test_json_schema(tokenizer: Tokenizer, seed: int) -> None:
     assert 0 <= value["age"] <= 99
     assert value["kind"] in ("cat", "dog", None)
     assert all(isinstance(tag, bool) for tag in value["tags"])
+
+
+def test_nothing_holds_a_text_that_is_over(tokenizer: Tokenizer) -> None:
+    structure = StructuredOutputsParams(regex="[ab]{3}")
+    held = weakref.ref(write(tokenizer, structure, 0, repetition_penalty=1.1, bad_words=["aab"]))
+    gc.collect()
+    assert held() is None
 
 
 @settings(max_examples=10, deadline=None)

@@ -23,7 +23,8 @@ from qoq.tokenizer import Tokenizer
 class LogitsRules:
     """The rules of an engine's requests, with what each has seen so far.
 
-    A request's state is made when it is first met, or by ``admit``, and goes with the request.
+    A request's state is made when it is first met, or by ``admit``, and goes with the request,
+    which it must therefore never hold.
     Requests whose ``params.shapes_logits`` is False have none and need not be given to ``apply``.
     """
 
@@ -51,21 +52,24 @@ class LogitsRules:
     def apply(self, logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> None:
         """Change ``rows`` of logits fp32 [S, V] in place as their requests want it."""
         pairs = []
+        forbidden = {}
+        tallies = {}
         for row, request in zip(rows, requests, strict=True):
             if request.params.shapes_logits:
                 self.admit(request, logits.device)
-                pairs.append((row, self._states[request]))
-        forbidden = {row: state.forbidden() for row, state in pairs}
+                state = self._states[request]
+                pairs.append((row, state))
+                forbidden[row] = state.forbidden(request)
+                if state.tally is not None:
+                    state.tally.catch_up(request)
+                    tallies[row] = state.tally
         raw = {row: logits[row].clone() for row, ids in forbidden.items() if ids}
         for row, state in pairs:
             state.only_allowed(logits[row])
         _forbid(logits, forbidden)
         for row, state in pairs:
             state.add_bias(logits[row])
-        tallies = {row: state.tally for row, state in pairs if state.tally is not None}
         if tallies:
-            for tally in tallies.values():
-                tally.catch_up()
             penalize(logits, list(tallies), list(tallies.values()))
         for row, state in pairs:
             state.follow(logits[row])
@@ -109,7 +113,6 @@ class _Rules:
     ) -> None:
         params = request.params
         bias = params.logit_bias or {}
-        self.request = request
         self.matcher = matcher
         self.tally = Tally(request, device) if params.penalizes else None
         self._bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
@@ -137,9 +140,8 @@ class _Rules:
         if self.matcher is not None:
             self.matcher.mask(row)
 
-    def forbidden(self) -> list[int]:
+    def forbidden(self, request: Request) -> list[int]:
         """Ids that must not come next: ends that come too early, last ids of bad words."""
-        request = self.request
         early = request.num_new < request.params.min_tokens
         out = list(request.end_ids) if early else []
         for *before, last in self._words:

@@ -16,10 +16,9 @@ class Tally:
     """
 
     def __init__(self, request: Request, device: torch.device) -> None:
-        self.request = request
+        self.params = request.params
         self._device = device
-        self._seen = 0
-        self._restart()
+        self._restart(request)
 
     @property
     def ids(self) -> Tensor:
@@ -29,11 +28,11 @@ class Tally:
     def counts(self) -> Tensor:
         return self._counts[: len(self._places)]
 
-    def catch_up(self) -> None:
-        """Take in the ids that came since the last call."""
-        ids = self.request.ids
+    def catch_up(self, request: Request) -> None:
+        """Take in the ids of the same request that came since the last call."""
+        ids = request.ids
         if len(ids) < self._seen:
-            self._restart()  # ids were taken back
+            self._restart(request)  # ids were taken back
         for token_id in ids[self._seen :]:
             place = self._places.get(token_id)
             if place is None:
@@ -41,8 +40,7 @@ class Tally:
             self._counts[place] += 1
         self._seen = len(ids)
 
-    def _restart(self) -> None:
-        request = self.request
+    def _restart(self, request: Request) -> None:
         repeats = request.params.repetition_penalty != 1
         known = list(dict.fromkeys(request.prompt_ids)) if repeats else []
         self._places = {token_id: place for place, token_id in enumerate(known)}
@@ -68,7 +66,7 @@ def penalize(logits: Tensor, rows: Sequence[int], tallies: Sequence[Tally]) -> N
     repetition penalty; then x - frequency_penalty * count - presence_penalty (count > 0).
     """
     sizes = torch.tensor([tally.ids.shape[0] for tally in tallies], device=logits.device)
-    params = [tally.request.params for tally in tallies]
+    params = [tally.params for tally in tallies]
 
     def each(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         column = torch.tensor(values, dtype=dtype, device=logits.device)
