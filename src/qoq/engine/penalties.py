@@ -18,6 +18,7 @@ class Tally:
     def __init__(self, request: Request, device: torch.device) -> None:
         self.params = request.params
         self._device = device
+        self._seen = 0
         self._restart(request)
 
     @property
