@@ -1,4 +1,4 @@
-"""The page for people, in a real browser against a stand-in server."""
+"""The page for people, in a real browser: before a stand-in that can fail, and before a server."""
 
 import math
 import re
@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from helpers import serving
 from helpers.browser import chromium
 from helpers.openai_server import METRICS, Echo, echo_server
+from helpers.serving import LiveServer
+from qoq.server.model import ServedModel
 from qoq.server.page import page_files
+from qoq.server.report import start_report
 
 STATIC = Path(__file__).parents[2] / "src" / "qoq" / "server" / "static"
 
@@ -24,7 +28,7 @@ def browser() -> Iterator[Any]:
 class Visit:
     """A page and what went wrong in it."""
 
-    def __init__(self, browser: Any, echo: Echo, **options: Any) -> None:
+    def __init__(self, browser: Any, server: Echo | LiveServer, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(10_000)
@@ -38,7 +42,8 @@ class Visit:
                 else None
             ),
         )
-        self.page.goto(f"{echo.base_url}/")
+        base_url = server.base_url if isinstance(server, Echo) else server.url
+        self.page.goto(f"{base_url}/")
 
     def ask(self, text: str) -> None:
         self.page.fill("#input", text)
@@ -56,8 +61,8 @@ class Visit:
 def visit(browser: Any) -> Iterator[Any]:
     made: list[Visit] = []
 
-    def go(echo: Echo, **options: Any) -> Visit:
-        made.append(Visit(browser, echo, **options))
+    def go(server: Echo | LiveServer, **options: Any) -> Visit:
+        made.append(Visit(browser, server, **options))
         return made[-1]
 
     yield go
@@ -102,6 +107,27 @@ def test_a_chat_streams_and_shows_its_speed(visit: Any) -> None:
         assert [m["role"] for m in echo.bodies[-1]["messages"]][-2:] == ["assistant", "user"]
         seen.page.reload()
         assert seen.page.input_value("[name=system]") == "be well"  # kept in the browser
+
+
+def test_on_a_server(visit: Any, model: ServedModel) -> None:
+    with serving.live(model) as server:
+        seen = visit(server)
+        seen.wait(f"#model option[value={serving.NAME}]")
+        seen.page.fill("[name=max_tokens]", "12")
+        for index in range(2):
+            seen.ask("hello")
+            seen.wait(f".answer:not(.busy) >> nth={index}")
+            assert "tokens/s" in seen.page.inner_text(f".answer .foot >> nth={index}")
+        assert seen.page.query_selector(".failed") is None
+        seen.page.click("#tab-dashboard")
+        seen.page.wait_for_selector("#totals:has-text('2 length')")
+        assert "running" not in seen.page.inner_text("#status")
+        assert re.search(r"New tokens\s+24\b", seen.page.inner_text("#totals"))
+        runs = seen.page.inner_text("#runs")
+        assert serving.NAME in runs
+        ops = start_report(model)["ops"]
+        assert all(op in runs for op in ops)
+        assert {what.split()[0] for what in ops.values()} == set(re.findall(r"Run by (\S+)", runs))
 
 
 def test_stop_hangs_up_and_keeps_the_text(visit: Any) -> None:

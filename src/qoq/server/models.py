@@ -10,12 +10,15 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from qoq import __version__
 from qoq.server.context import Context
 from qoq.server.errors import engine_dead
+from qoq.server.report import start_report
 
 
 def routes(context: Context) -> APIRouter:
     """The routes, bound to what they serve."""
     router = APIRouter(tags=["server"])
     started = int(time.time())
+    report = start_report(context.model)
+    runs = {name: report[name] for name in ("scheme", "device", "isa", "threads", "ops")}
 
     def card(name: str) -> dict[str, Any]:
         return {
@@ -26,7 +29,7 @@ def routes(context: Context) -> APIRouter:
             "root": context.settings.name,
             "parent": None,
             "max_model_len": context.model.max_model_len,
-            "scheme": str(context.model.scheme),
+            **runs,
         }
 
     @router.get("/v1/models")

@@ -90,6 +90,8 @@ export class Dashboard {
       ["Model", card.id],
       ["From", card.root && card.root !== card.id ? card.root : null],
       ["Scheme", card.scheme],
+      ["Device", card.isa ? `${card.device}, ${card.isa}, ${card.threads} threads` : card.device],
+      ...implementations(card.ops ?? {}),
       ["Context", card.max_model_len ? `${whole(card.max_model_len)} tokens` : null],
       ["Server", [card.owned_by, version].filter(Boolean).join(" ")],
     ]);
@@ -110,6 +112,16 @@ export class Dashboard {
       ["Full-length requests at once", cache.kv_cache_max_concurrency],
     ]);
   }
+}
+
+// [what runs them, the ops], so that an op that runs slowly stands apart.
+function implementations(ops) {
+  const found = new Map();
+  for (const [op, what] of Object.entries(ops)) {
+    const name = `Run by ${what.split(" ")[0]}`;
+    found.set(name, [...(found.get(name) ?? []), op]);
+  }
+  return [...found].map(([name, run]) => [name, run.join(", ")]);
 }
 
 const both = (now, far, stem) => [0.5, 0.99].map((q) => quantile(now, far, stem, q));
