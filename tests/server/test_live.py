@@ -78,6 +78,14 @@ def test_client_that_leaves_within_its_body(model: ServedModel) -> None:
         server.until_idle()
 
 
+def test_small_pieces_of_a_stream_are_sent_at_once(model: ServedModel) -> None:
+    with serving.live(model) as server, httpx.Client(base_url=server.url) as http:
+        assert http.get("/health").status_code == 200
+        [connection] = server.server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_death_of_the_engine_ends_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = serving.load(folder)  # not the other tests' engine
     with monkeypatch.context() as patch, serving.live(model) as server:
