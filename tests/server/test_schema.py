@@ -11,7 +11,7 @@ from qoq.server.model import ServedModel
 
 TEXTS = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"}
 FACTS = {"/v1/models", "/v1/models/{name}", "/tokenizer_info"}
-STATE = {"/health", "/ping", "/version", "/metrics"}
+STATE = {"/health", "/ping", "/load", "/version", "/metrics"}
 
 
 @pytest.mark.timeout(600)

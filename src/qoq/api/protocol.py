@@ -56,7 +56,18 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class SamplingFields(Body):
+class QueueFields(Body):
+    """Whose turn it is, and with whom cached prompts are shared."""
+
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
+        0, description="Lower is served first."
+    )
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Only requests with the same one share cached prompts."
+    )
+
+
+class SamplingFields(QueueFields):
     """How tokens are chosen and when to stop; None leaves it to the model's defaults."""
 
     model: str | None = None
@@ -93,9 +104,6 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: List[str] | None = None
     guided_grammar: str | None = None
-    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
-        0, description="Lower is served first."
-    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -227,7 +235,7 @@ class DetokenizeRequest(Body):
     tokens: TokenIds
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(QueueFields):
     """POST /v1/responses: text and calls of functions; nothing is stored."""
 
     model: str | None = None
@@ -253,7 +261,6 @@ class ResponsesRequest(Body):
     tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     top_logprobs: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
 

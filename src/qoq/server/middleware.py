@@ -22,7 +22,10 @@ _LOG = logging.getLogger("qoq.access")
 _ERRORS = logging.getLogger("qoq.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Open to all: what balancers, dashboards and readers of the documentation ask for.
-_OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/")
+_OPEN_PATHS = (
+    *("/health", "/ping", "/load", "/version", "/metrics"),
+    *("/docs", "/redoc", "/openapi.json", "/"),
+)
 _OPEN_FOLDER = "/static/"  # of the page at /
 _DROP_S = 10.0  # how long a refused request may go on sending
 
