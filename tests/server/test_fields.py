@@ -10,6 +10,13 @@ import pytest_asyncio
 
 from helpers import serving
 from helpers.serving import Client
+from qoq.api.protocol import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 from qoq.server.model import ServedModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -122,6 +129,27 @@ async def test_a_request_may_bring_its_template(app: Client, trusting: Client) -
         bad = await trusting.post(CHAT, {**asked, "chat_template": template})
         assert bad.status_code == 400, template
     assert (await trusting.post(CHAT, {**GREEDY, "messages": TALK})).is_success
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        (TEXT, CompletionRequest, {"prompt": "hello"}),
+        (CHAT, ChatRequest, {"messages": TALK}),
+        ("/v1/responses", ResponsesRequest, {"input": "hello"}),
+        ("/tokenize", TokenizeRequest, {"prompt": "hello"}),
+    ],
+)
+async def test_null_is_the_same_as_nothing(
+    app: Client, path: str, kind: type[Body], body: dict[str, Any]
+) -> None:
+    few = {"max_tokens": 3, "max_output_tokens": 3, "temperature": 0}
+    nulls = dict.fromkeys(kind.model_fields.keys() - body.keys() - few.keys())
+    got, plain = [(await app.post(path, {**few, **b, **body})).json() for b in (nulls, {})]
+    for key in ("choices", "usage", "tokens"):
+        assert got.get(key) == plain.get(key), got
+    refused = await app.post(path, dict.fromkeys(body))
+    assert refused.status_code == 400
 
 
 async def test_the_ids_of_a_conversation(app: Client) -> None:

@@ -31,6 +31,15 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        """Clients write null for what they leave to us, in fields of every type."""
+        if not isinstance(given, Mapping):
+            return given
+        known = cls.model_fields
+        return {key: value for key, value in given.items() if value is not None or key not in known}
+
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
