@@ -31,6 +31,7 @@ from qoq.engine.structured_params import StructuredOutputsParams
 from qoq.errors import RequestError
 from qoq.tokenizer import Tokenizer
 
+CONTEXT = 999
 SAID = [{"role": "user", "content": "hello"}]
 
 
@@ -41,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     tokenizer = Tokenizer.load(folder)
     tools = ToolCalling.of_model(tokenizer, "")
     defaults = {"top_k": 4, "temperature": 0.6}
-    return Model("own", tokenizer, tools, defaults, 99, len(tokenizer))
+    return Model("own", tokenizer, tools, defaults, CONTEXT, len(tokenizer))
 
 
 def line(url: str = COMPLETIONS, **body: Any) -> Line:
@@ -86,10 +87,11 @@ def test_sampling_of_a_line(model: Model) -> None:
         [only] = asked(one, model).params
         return only
 
-    bare = Model(model.name, model.tokenizer, model.tools, {}, 99, model.vocab_size)
+    bare = Model(model.name, model.tokenizer, model.tools, {}, CONTEXT, model.vocab_size)
     [only] = asked(line(prompt="a"), bare).params
     assert only == SamplingParams(max_tokens=16, temperature=1.0, stop_token_ids=[])
-    assert params(line(CHAT, messages=SAID)) == SamplingParams(99, 0.6, 4, stop_token_ids=[])
+    left = CONTEXT - len(asked(line(CHAT, messages=SAID), model).prompt)
+    assert params(line(CHAT, messages=SAID)) == SamplingParams(left, 0.6, 4, stop_token_ids=[])
     got = params(
         line(
             CHAT,
@@ -135,11 +137,13 @@ def test_sampling_of_a_line(model: Model) -> None:
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"stream": True}, "stream"),
         ({"echo": True}, "echo"),
-        ({"truncate_prompt_tokens": 99}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": CONTEXT}, "truncate_prompt_tokens"),
         ({"suffix": "a"}, "suffix"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": CONTEXT}, "max_tokens"),
+        ({"prompt": [5] * CONTEXT}, "prompt"),
         ({"stop": [3]}, "stop"),
         ({"seed": 2**70}, "seed"),
         ({"prompt": ["a", "b"]}, "prompt"),

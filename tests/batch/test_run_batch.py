@@ -126,6 +126,12 @@ async def test_it_says_what_the_server_says(model: Path, tmp_path: Path) -> None
         ("/v1/chat/completions", {"messages": said, "tools": BAD, **NAMED}),
         ("/v1/chat/completions", {"messages": said, "n": 0}),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}),
+        ("/v1/completions", {"prompt": "hello", "n": 2, "return_token_ids": True, **warm}),
+        ("/v1/chat/completions", {"messages": said, "return_token_ids": True, **warm}),
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 10_000}),
+        ("/v1/chat/completions", {"messages": said, "max_completion_tokens": 10_000}),
+        ("/v1/completions", {"prompt": [5] * 10_000}),
+        ("/v1/completions", {"prompt": ""}),
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [request(str(at), url, **body) for at, (url, body) in enumerate(bodies)]

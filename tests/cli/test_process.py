@@ -5,36 +5,38 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
 
 from helpers.verbs import SOURCE, run, spawn
 from qoq import __version__
-
-VERBS = (
-    ["quantize"],
-    ["eval", "ppl"],
-    ["eval", "table"],
-    ["eval", "render"],
-    ["inspect"],
-    ["generate"],
-    ["chat"],
-    ["complete"],
-    ["run-batch"],
-    ["bench", "serve"],
-    ["bench", "latency"],
-    ["import-qserve"],
-    ["export-qserve"],
-    ["check-env"],
-)
+from qoq.cli.app import app
 
 
-def test_version_and_help() -> None:
+def verbs(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every verb of the program."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from verbs(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def test_version_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("--version").stdout == f"qoq {__version__}\n"
-    for verb in VERBS:
+    seen = list(verbs(typer.main.get_command(app)))
+    assert {("serve",), ("bench", "engine"), ("eval", "lm")} <= set(seen)
+    for verb in seen:
         text = run(*verb, "--help").stdout
-        assert "--json" in text, verb
-        if verb != ["check-env"]:
-            assert f"qoq {' '.join(verb)}" in text, f"{verb} shows no example"
+        assert verb == ("serve",) or "--json" in text, verb
+        times = text.count(f"qoq {' '.join(verb)}")
+        assert times > 1 or verb == ("check-env",), f"{verb} shows no example beside its usage"
+        assert "\u2026" not in text, f"{verb} has a name that does not fit its table"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -169,6 +169,25 @@ def test_options_of_other_engines_and_words_nearly_right() -> None:
     assert "--max-num-seqs" in run("serve", "M", "--max-num-seq", 3, status=2).stderr
 
 
+def test_options_that_ask_for_what_is_always_so(asked: dict[str, Any]) -> None:
+    given = "--enable-chunked-prefill --enable_prompt_tokens_details --max-num-seqs 3"
+    refusal("serve", "M", *given.split())
+    assert asked["options"].max_num_seqs == 3
+
+
+def test_tls_files_are_looked_at_before_the_model(asked: dict[str, Any], tmp_path: Path) -> None:
+    nowhere, nothing = tmp_path / "nowhere.pem", tmp_path / "nothing.pem"
+    nothing.write_text("")
+    assert "--ssl-certfile" in refusal("serve", "M", "--ssl-keyfile", nothing)
+    assert str(nowhere) in refusal("serve", "M", "--ssl-certfile", nowhere)
+    assert str(nothing) in refusal("serve", "M", "--ssl-certfile", nothing)
+    assert "model" not in asked
+
+
+def test_an_address_that_is_none() -> None:
+    assert "999.0.0.1, port 81" in refusal("serve", "M", "--host", "999.0.0.1", "--port", 81)
+
+
 def test_bad_values(asked: dict[str, Any], tmp_path: Path) -> None:
     assert run("serve", "M", "--log-format", "xml", status=2)
     assert run("serve", "M", "--max-model-len", "long", status=2)

@@ -48,7 +48,7 @@ def test_generate_streams_what_json_says(packed: Path) -> None:
     assert piped.stdout.startswith("hello")
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "eval"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "complete", "eval"])
 def test_threads_are_those_asked_for(
     verb: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +58,7 @@ def test_threads_are_those_asked_for(
     words = {
         "generate": ["generate", packed, "--prompt", "hello", "--max-tokens", 1],
         "chat": ["chat", packed, "--message", "hello", "--max-tokens", 1],
+        "complete": ["complete", packed, "--prompt", "hello", "--max-tokens", 1],
         "eval": ["eval", "ppl", packed, "--text", text, "--seq-len", 16],
     }[verb]
     run(*words, "--threads", 2)

@@ -303,3 +303,32 @@ async def test_prompt_logprobs_have_ranks(app: Client) -> None:
     told = (await app.post(PATH, body)).json()["choices"][0]["prompt_logprobs"]
     assert told[0] is None
     assert all(1 in {entry["rank"] for entry in top.values()} for top in told[1:])
+
+
+async def test_the_prompt_alone(app: Client) -> None:
+    asked = {"prompt": ["hello world", "tell"], "echo": True, "logprobs": 1}
+    longer = await answer(app, **asked, max_tokens=1)
+    got = await answer(app, **asked, max_tokens=0)
+    chunks = await app.events(PATH, {**GREEDY, **asked, "max_tokens": 0})
+    for index, text in enumerate(asked["prompt"]):
+        choice = got["choices"][index]
+        assert (choice["text"], choice["finish_reason"]) == (text, "length")
+        assert choice["logprobs"] == {
+            name: values[:-1] for name, values in longer["choices"][index]["logprobs"].items()
+        }
+        [same] = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert same == choice
+    assert got["usage"]["completion_tokens"] == 0
+    assert got["usage"]["prompt_tokens"] == longer["usage"]["prompt_tokens"]
+
+
+async def test_streams_tell_the_prompts_ids_once(app: Client, model: ServedModel) -> None:
+    body = {**GREEDY, "prompt": ["hello", "tell"], "return_token_ids": True}
+    told: list[list[Any]] = [[], []]
+    for chunk in await app.events(PATH, body):
+        choice = chunk["choices"][0]
+        told[choice["index"]].append(choice["prompt_token_ids"])
+    for text, (first, *rest) in zip(body["prompt"], told, strict=True):
+        assert first == model.tokenizer.encode(text)
+        assert rest
+        assert not any(rest)

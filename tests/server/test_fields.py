@@ -10,6 +10,13 @@ import pytest_asyncio
 
 from helpers import serving
 from helpers.serving import Client
+from qoq.api.protocol import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 from qoq.server.model import ServedModel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -124,6 +131,61 @@ async def test_a_request_may_bring_its_template(app: Client, trusting: Client) -
     assert (await trusting.post(CHAT, {**GREEDY, "messages": TALK})).is_success
 
 
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        (TEXT, CompletionRequest, {"prompt": "hello"}),
+        (CHAT, ChatRequest, {"messages": TALK}),
+        ("/v1/responses", ResponsesRequest, {"input": "hello"}),
+        ("/tokenize", TokenizeRequest, {"prompt": "hello"}),
+    ],
+)
+async def test_null_is_the_same_as_nothing(
+    app: Client, path: str, kind: type[Body], body: dict[str, Any]
+) -> None:
+    few = {"max_tokens": 3, "max_output_tokens": 3, "temperature": 0}
+    nulls = dict.fromkeys(kind.model_fields.keys() - body.keys() - few.keys())
+    got, plain = [(await app.post(path, {**few, **b, **body})).json() for b in (nulls, {})]
+    for key in ("choices", "usage", "tokens"):
+        assert got.get(key) == plain.get(key), got
+    refused = await app.post(path, dict.fromkeys(body))
+    assert refused.status_code == 400
+
+
+async def test_the_ids_of_a_conversation(app: Client) -> None:
+    ids = (await app.post("/tokenize", {"messages": TALK})).json()["tokens"]
+    body = {**GREEDY, "messages": TALK, "return_token_ids": True}
+    assert (await app.post(CHAT, body)).json()["prompt_token_ids"] == ids
+    first, *rest = await app.events(CHAT, body)
+    assert first["prompt_token_ids"] == ids
+    assert rest
+    assert not any("prompt_token_ids" in chunk for chunk in rest)
+    assert (
+        "prompt_token_ids" not in (await app.post(CHAT, {**body, "return_token_ids": None})).json()
+    )
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/v1/responses"])
+async def test_cached_prompts_are_shared_by_salt(app: Client, path: str) -> None:
+    text = f"{path[-4:]} hat " * 9  # more than a page
+    prompt = {
+        TEXT: {"prompt": text, **GREEDY},
+        CHAT: {"messages": [{"role": "user", "content": text}], **GREEDY},
+        "/v1/responses": {"input": text, "max_output_tokens": 3},
+    }[path]
+
+    async def cached(**salt: str) -> int:
+        usage = (await app.post(path, {**prompt, **salt})).json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+        return int(details["cached_tokens"])
+
+    assert await cached() == 0
+    assert await cached() > 0
+    assert await cached(cache_salt="mine") == 0
+    assert await cached(cache_salt="mine") > 0
+    assert await cached(cache_salt="yours") == 0
+
+
 async def test_lower_priority_is_served_first(folder: Any) -> None:
     alone = serving.load(folder, max_num_seqs=1)
     async with serving.client(alone) as app:
@@ -138,6 +200,7 @@ async def test_lower_priority_is_served_first(folder: Any) -> None:
         first = asyncio.create_task(ask("first", TEXT, -9, prompt="hello", **long))
         while not app.context.engine.stats.running:
             await asyncio.sleep(0.001)
+        assert (await app.get("/load")).json() == {"server_load": 1}
         talk = {"messages": TALK, **GREEDY}
         later = [
             ("late", TEXT, 2**63 - 1, {"prompt": "a", **GREEDY}),

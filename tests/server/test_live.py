@@ -1,5 +1,6 @@
 """Behind a real socket: hang-ups, death, and a process that drains on SIGTERM."""
 
+import http.client
 import json
 import shutil
 import signal
@@ -76,6 +77,28 @@ def test_client_that_leaves_within_its_body(model: ServedModel) -> None:
             sock.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b'{"prompt')
         assert httpx.get(f"{server.url}/health").status_code == 200
         server.until_idle()
+
+
+@pytest.mark.parametrize("refusal", [401, 413])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_whoever_sends_too_much_is_told(model: ServedModel, refusal: int, chunked: bool) -> None:
+    big = bytes(32 << 20)  # more than lies in the sockets between
+    keys = ("key",) if refusal == 401 else ()
+    with serving.live(model, api_keys=keys, max_request_bytes=1000) as server:
+        client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        body = iter([big]) if chunked else big
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        client.request("POST", PATH, body, headers, encode_chunked=chunked)
+        assert client.getresponse().status == refusal
+        client.close()
+
+
+def test_small_pieces_of_a_stream_are_sent_at_once(model: ServedModel) -> None:
+    with serving.live(model) as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        [connection] = server.server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_death_of_the_engine_ends_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

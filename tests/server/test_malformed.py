@@ -50,6 +50,20 @@ async def test_bodies_that_are_no_requests(app: Client, path: str, body: bytes) 
     check_error(await app.send(path, body), 400)
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": "\xc3\x28"}', "UTF-8"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
+        (b"{", "not valid JSON"),
+    ],
+)
+async def test_bodies_that_are_no_json_are_told_why(app: Client, body: bytes, says: str) -> None:
+    error = check_error(await app.send(ROUTES[0], body), 400)
+    assert says in error["message"]
+    assert error["code"] == "invalid_json"
+
+
 @pytest.mark.parametrize("path", ROUTES[:3])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p"])
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])

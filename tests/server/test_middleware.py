@@ -30,7 +30,7 @@ async def test_keys(model: ServedModel) -> None:
             assert got.json()["error"]["code"] == "invalid_api_key"
         for path in ("/tokenizer_info", "/v1/models", "/nothing"):
             assert (await app.get(path)).status_code == 401
-        for path in ("/health", "/ping", "/version", "/metrics", "/docs"):
+        for path in ("/health", "/ping", "/load", "/version", "/metrics", "/docs"):
             assert (await app.get(path)).status_code == 200
         for key in ("one", "zwei-ü"):
             headers = {b"Authorization": f"Bearer {key}".encode("latin-1")}

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from helpers import serving
@@ -93,6 +95,33 @@ def test_responses(client: openai.OpenAI) -> None:
     ) as stream:
         text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
     assert text == got.output_text
+
+
+class Weather(pydantic.BaseModel):
+    """What the answer is to hold."""
+
+    wet: bool
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "books", "temperature": 0, "max_tokens": 1000, "messages": TALK}
+    got = client.chat.completions.parse(**asked, response_format=Weather)
+    assert isinstance(got.choices[0].message.parsed, Weather)
+    with client.chat.completions.stream(**asked, response_format=Weather) as stream:
+        streamed = stream.get_final_completion().choices[0].message.parsed
+    assert streamed == got.choices[0].message.parsed
+    response = client.responses.parse(
+        model="books", input="It was", temperature=0, max_output_tokens=1000, text_format=Weather
+    )
+    assert isinstance(response.output_parsed, Weather)
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Weather)
+    asked: Any = {"model": "books", "temperature": 0, "max_tokens": 1000, "messages": TALK}
+    got = client.chat.completions.parse(**asked, tools=[tool], tool_choice="required")
+    [call] = got.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)
 
 
 def test_errors_become_the_clients_exceptions(

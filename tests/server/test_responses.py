@@ -62,6 +62,7 @@ async def test_stream(app: Client) -> None:
         ({"background": True}, "background"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"truncation": "auto"}, "truncation"),
+        ({"top_logprobs": 2}, "logprobs"),
         ({"seed": 2**70}, "seed"),
     ],
 )
@@ -76,3 +77,6 @@ async def test_text_in_the_form_that_was_asked(app: Client) -> None:
     got = (await app.post(PATH, {**BODY, "text": {"format": form}, "max_output_tokens": 30})).json()
     assert got["status"] == "completed"
     assert got["output"][0]["content"][0]["text"] == '"ab"'
+    assert got["text"] == {"format": form}
+    plain = (await app.post(PATH, {**BODY, "text": {"verbosity": "low"}})).json()
+    assert plain["text"] == {"format": {"type": "text"}, "verbosity": "low"}

@@ -65,7 +65,11 @@ async def test_guesses_are_counted(guessing: Client) -> None:
     drafted = await guessing.metric("spec_decode_num_draft_tokens_total")
     accepted = await guessing.metric("spec_decode_num_accepted_tokens_total")
     assert 0 < accepted < drafted
+    drafts = await guessing.metric("spec_decode_num_drafts_total")
+    assert 0 < drafts <= drafted
     assert await guessing.metric("generation_tokens_total") == new + 100
+    assert (await guessing.post(PATH, {**body, "prompt": "a", "max_tokens": 2})).is_success
+    assert await guessing.metric("spec_decode_num_drafts_total") == drafts
 
 
 async def test_who_hangs_up_leaves_no_page(guessing: Client) -> None:

@@ -202,7 +202,7 @@ class Asks:
             "top_p": fields(top_p=rng.choice((0, 1.1, float("nan"), []))),
             "n": fields(n=rng.choice((0, -1, 129, 10**30, 1.5))),
             "max_tokens": fields(
-                max_tokens=rng.choice((0, -1, 10**9, 2**70, "many")),
+                max_tokens=rng.choice((-1, 10**9, 2**70, "many")),
                 max_output_tokens=rng.choice((0, -1, 10**9)),
             ),
             "ids": fields(COMPLETIONS, prompt=rng.choice(([-1], [10**9], [2**70], [True], [1.5]))),

@@ -31,6 +31,15 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        """Clients write null for what they leave to us, in fields of every type."""
+        if not isinstance(given, Mapping):
+            return given
+        known = cls.model_fields
+        return {key: value for key, value in given.items() if value is not None or key not in known}
+
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -56,7 +65,18 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class SamplingFields(Body):
+class QueueFields(Body):
+    """Whose turn it is, and with whom cached prompts are shared."""
+
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
+        0, description="Lower is served first."
+    )
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Only requests with the same one share cached prompts."
+    )
+
+
+class SamplingFields(QueueFields):
     """How tokens are chosen and when to stop; None leaves it to the model's defaults."""
 
     model: str | None = None
@@ -93,9 +113,6 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: List[str] | None = None
     guided_grammar: str | None = None
-    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = Field(
-        0, description="Lower is served first."
-    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -227,7 +244,7 @@ class DetokenizeRequest(Body):
     tokens: TokenIds
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(QueueFields):
     """POST /v1/responses: text and calls of functions; nothing is stored."""
 
     model: str | None = None
@@ -253,7 +270,6 @@ class ResponsesRequest(Body):
     tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     top_logprobs: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
 

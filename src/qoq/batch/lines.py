@@ -14,6 +14,7 @@ from qoq.api.forms import requested_form
 from qoq.api.logprobs import LogprobWriter, best
 from qoq.api.messages import plain_messages, shown_tools
 from qoq.api.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, SamplingFields
+from qoq.api.room import room
 from qoq.api.sampling import Ends, sampling_params
 from qoq.engine.request import Output, SamplingParams
 from qoq.errors import RequestError
@@ -131,9 +132,11 @@ def _chat(line: Line, model: Model) -> Asked:
         variables=body.chat_template_kwargs,
     )
     ids = model.tokenizer.encode(text, special=body.add_special_tokens)
-    longest = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    longest = body.max_tokens if name == "max_tokens" else body.max_completion_tokens
     ids = _cut(ids, body, longest, model)
-    params = _params(body, body.top_logprobs, model.context if longest is None else longest, model)
+    new = room(len(ids), longest, context=model.context, name=name)
+    params = _params(body, body.top_logprobs, new, model)
     return Asked(line, body, plan, ids, [model.tools.shape(p, plan) for p in params])
 
 
@@ -151,7 +154,8 @@ def _completion(line: Line, model: Model) -> Asked:
             raise RequestError("prompt must be one text or one list of token ids.", param="prompt")
     longest = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     ids = _cut(ids, body, longest, model)
-    return Asked(line, body, ToolPlan(), ids, _params(body, body.logprobs, longest, model))
+    new = room(len(ids), longest, context=model.context, name="max_tokens")
+    return Asked(line, body, ToolPlan(), ids, _params(body, body.logprobs, new, model))
 
 
 def _cut(ids: list[int], body: SamplingFields, longest: int | None, model: Model) -> list[int]:
@@ -196,6 +200,9 @@ def answer(
     if first.prompt_logprobs is not None:
         told = writer.ranked(first.prompt_logprobs)
         (made if is_chat else choices[0])["prompt_logprobs"] = told
+    if body.return_token_ids:
+        for choice in choices if not is_chat else [made]:
+            choice["prompt_token_ids"] = request.prompt
     return _response(line, 200, made)
 
 
@@ -211,6 +218,8 @@ def _choice(
         "finish_reason": reason,
         "stop_reason": text.stop_reason,
     }
+    if body.return_token_ids:
+        choice["token_ids"] = text.token_ids
     if isinstance(body, ChatRequest):
         reader = TextReader(request.plan)
         choice["message"] = model.tools.message(collect(reader.read(text.text, last=True)))

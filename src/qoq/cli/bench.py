@@ -48,6 +48,8 @@ def kernels(
     token for each of M sequences, `attention_prefill` with M tokens at a prompt's end, beside
     torch's scaled_dot_product_attention over dense bf16 keys and values.
 
+        qoq bench kernels --shape llama-3-8b --rows 1,16,64
+
     --json prints: shape, scheme, isa, threads, int8_peak_ops, read_bandwidth, rows (each with op,
     shape, M, seconds, roof_seconds, fraction), command, commit, hardware.
     """

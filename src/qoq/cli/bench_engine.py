@@ -24,6 +24,8 @@ def engine(
 ) -> None:
     """Time a step without its kernels: a null model answers, all the rest is real.
 
+        qoq bench engine --running 64 --waiting 1000 --tokenizer OUT
+
     --json prints: rows (each with running, waiting, median_ms, p99_ms), steps, tokenizer, command,
     commit, hardware.
     """
@@ -69,6 +71,8 @@ def invariance(
     The same requests run alone, in batches with random neighbours, in chunks, with a warm prefix
     cache, thrown out and read again, and with guessed tokens to verify; all must be equal to the
     bit. Status 1 if any differs.
+
+        qoq bench invariance OUT --batches 2,64 --chunks 16,100
 
     --json prints: comparisons, mismatches, trials (each with backend, name, comparisons,
     mismatches, cached_tokens, preemptions, draft_tokens, accepted_tokens), scheme, seed, command,

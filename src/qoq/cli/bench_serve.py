@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qoq.tokenizer import Tokenizer
 
 RANDOM, SHARED, FILES = "Random dataset", "Shared prefixes", "Datasets in files"
-RAMP = "A growing rate"
+RAMP, ANSWERS = "A growing rate", "Answers"
 
 
 @verb()
@@ -93,21 +93,26 @@ def serve(
         int, typer.Option(help="Tokens all begin with, beside those.", rich_help_panel=RANDOM)
     ] = 0,
     prefix_repetition_prefix_len: Annotated[
-        int, typer.Option(help="Tokens of a prefix.", rich_help_panel=SHARED)
+        int, typer.Option(metavar="N", help="Tokens of a prefix.", rich_help_panel=SHARED)
     ] = 256,
     prefix_repetition_suffix_len: Annotated[
-        int, typer.Option(help="Tokens after it.", rich_help_panel=SHARED)
+        int, typer.Option(metavar="N", help="Tokens after it.", rich_help_panel=SHARED)
     ] = 256,
     prefix_repetition_num_prefixes: Annotated[
-        int, typer.Option(help="Different prefixes.", rich_help_panel=SHARED)
+        int, typer.Option(metavar="N", help="How many there are.", rich_help_panel=SHARED)
     ] = 10,
     prefix_repetition_output_len: Annotated[
-        int, typer.Option(help="New tokens.", rich_help_panel=SHARED)
+        int, typer.Option(metavar="N", help="New tokens.", rich_help_panel=SHARED)
     ] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=ANSWERS)
+    ] = 0.0,
     ignore_eos: Annotated[
         bool,
-        typer.Option(help="Ask for answers of full length (servers that know ignore_eos)."),
+        typer.Option(
+            help="Ask for answers of full length (servers that know ignore_eos).",
+            rich_help_panel=ANSWERS,
+        ),
     ] = True,
     goodput: Annotated[
         list[str] | None,

@@ -17,6 +17,8 @@ from qoq.cli.options import (
     SAMPLING_SEED,
     SERVER,
     SPECULATIVE,
+    THREADS,
+    use_threads,
 )
 from qoq.cli.speaker import Choices, Speaker, speaker
 from qoq.cli.talk import say, typed
@@ -41,6 +43,7 @@ def complete(
         list[str] | None, typer.Option(help="End before this string (repeatable).")
     ] = None,
     speculative_config: SPECULATIVE = None,
+    threads: THREADS = None,
     device: DEVICE = "auto",
     json: JSON = False,
 ) -> None:
@@ -60,6 +63,7 @@ def complete(
 
     if json and prompt is None:
         raise RequestError("--json continues one text: add --prompt TEXT.")
+    use_threads(threads)
     choices = Choices(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     who = speaker(model, base_url, api_key, choices, speculative_config, device=device, quiet=json)
     if prompt is None:

@@ -280,6 +280,7 @@ def serve(
         log_format=log_format,
         log_level=uvicorn_log_level,
     )
+    transport.check()
     use_threads(threads)
     with bind(host, port) as sock:
         configure_logs(transport.log_format, transport.log_level)

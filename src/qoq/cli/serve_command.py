@@ -28,13 +28,19 @@ _ELSEWHERE = {
     "--pipeline-parallel-size": _ONE_PROCESS,
     "--data-parallel-size": _ONE_PROCESS,
     "--distributed-executor-backend": _ONE_PROCESS,
-    "--enable-chunked-prefill": "prompts are always read in chunks (--max-num-batched-tokens)",
-    "--enable-prompt-tokens-details": "answers always have them; leave it out",
+    "--no-enable-chunked-prefill": "prompts are always read in chunks (--max-num-batched-tokens)",
     "--gpu-memory-utilization": "use --kv-cache-memory-fraction or --kv-cache-memory-bytes",
     "--trust-remote-code": "no code that came with a model is ever run; leave it out",
     "--enable-lora": "LoRA adapters are not supported; merge them into the model first",
     "--lora-modules": "LoRA adapters are not supported; merge them into the model first",
     "--reasoning-parser": "reasoning is left in the answer's text; leave it out",
+}
+# Theirs that ask for what is always so here.
+_ALWAYS = {
+    "--enable-chunked-prefill",
+    "--enable-prompt-tokens-details",
+    "--enable-server-load-tracking",
+    "--enable-tokenizer-info-endpoint",
 }
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -58,10 +64,10 @@ class ServeCommand(TyperCommand):
             if getattr(param, "multiple", False)
             for opt in getattr(param, "opts", ())
         }
-        args = spread(args, several)
+        args = spread([arg for arg in args if dashes(arg) not in _ALWAYS], several)
         for arg in args:
             name = dashes(arg.partition("=")[0])
-            why = _ELSEWHERE.get(name.replace("--no-", "--", 1))
+            why = _ELSEWHERE.get(name, _ELSEWHERE.get(name.replace("--no-", "--", 1)))
             if why is not None:
                 fail(f"there is no {name} here: {why}.", USAGE)
         file = _config_file(args)

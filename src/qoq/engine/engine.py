@@ -207,6 +207,7 @@ class Engine:
             kv_pages_total=scheduler.pages.num_pages,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            drafts=scheduler.drafts,
             draft_tokens=scheduler.draft_tokens,
             accepted_tokens=scheduler.accepted_tokens,
             preemptions=scheduler.preemptions,

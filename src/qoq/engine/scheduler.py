@@ -30,8 +30,9 @@ class Scheduler:
     release() what has ended.
 
     ``preemptions``, ``prefix_queries`` and ``prefix_hits`` (tokens looked for and found in the
-    prefix cache when requests were first let in), ``draft_tokens`` and ``accepted_tokens`` (ids
-    guessed, and new ids that came of them) only grow.
+    prefix cache when requests were first let in), ``drafts`` (times anything was guessed for a
+    request), ``draft_tokens`` and ``accepted_tokens`` (ids guessed, and new ids that came of them)
+    only grow.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.drafts = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
         self._page_size = page_size
@@ -275,6 +277,7 @@ class Scheduler:
         """
         request = chunk.request
         request.num_cached = len(request.ids) - 1
+        self.drafts += 1
         self.draft_tokens += len(chunk.guessed)
         self.accepted_tokens += request.num_cached - chunk.stop
         needed = -(-request.num_cached // self._page_size)

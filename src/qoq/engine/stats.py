@@ -8,9 +8,10 @@ class EngineStats:
     """Gauges: requests that run and wait, KV pages in use and in all, step_tokens (rows of the last
     step's batch). Counters, which only grow:
     prefix_queries, prefix_hits (prompt tokens looked for and found in the prefix cache),
-    draft_tokens, accepted_tokens (ids guessed, and new ids that came of them, beside the one that
-    each step gives), preemptions, prompt_tokens (of prompts that are read), generation_tokens,
-    steps, and the requests that have ended, by ``finish_reason``.
+    drafts (times anything was guessed), draft_tokens, accepted_tokens (ids guessed, and new ids
+    that came of them, beside the one that each step gives), preemptions, prompt_tokens (of prompts
+    that are read), generation_tokens, steps, and the requests that have ended, by
+    ``finish_reason``.
     """
 
     running: int
@@ -19,6 +20,7 @@ class EngineStats:
     kv_pages_total: int
     prefix_queries: int
     prefix_hits: int
+    drafts: int
     draft_tokens: int
     accepted_tokens: int
     preemptions: int

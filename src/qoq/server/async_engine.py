@@ -91,9 +91,14 @@ class AsyncEngine:
         self._watch = self._loop.create_task(self._bury())
 
     def submit(
-        self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], *, priority: int = 0
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        *,
+        priority: int = 0,
+        salt: str = "",
     ) -> Generation:
         """Put the prompts of one HTTP request in line, all or none; lower ``priority`` goes first.
+        Cached prefixes are shared with requests of the same ``salt``.
 
         Raises APIError 503 where the engine is dead, drains or its queue is full, and 400 for more
         prompts than could ever be taken at once. What the engine has against a prompt is told by
@@ -109,7 +114,11 @@ class AsyncEngine:
             self.metrics.rejected("queue_full", len(prompts))
             raise queue_full()
         generation = Generation(
-            prompts, give_up=self._give_up, time_limit=self._time_limit, priority=priority
+            prompts,
+            give_up=self._give_up,
+            time_limit=self._time_limit,
+            priority=priority,
+            salt=salt,
         )
         self._open.update(generation.tickets)
         self._idle.clear()
@@ -262,7 +271,10 @@ class AsyncEngine:
             refusal = None
             try:
                 ticket.request = self._engine.add(
-                    ticket.prompt_ids, ticket.params, priority=ticket.priority
+                    ticket.prompt_ids,
+                    ticket.params,
+                    priority=ticket.priority,
+                    cache_salt=ticket.salt,
                 )
                 self._tickets[id(ticket.request)] = ticket
             except RequestError as error:

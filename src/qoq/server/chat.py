@@ -91,11 +91,6 @@ class _Job:
         return cls(context, body, request, name, ids, plan, texts, made, int(time.time()))
 
     @property
-    def priority(self) -> int:
-        """Whose turn is sooner; lower is."""
-        return self.body.priority
-
-    @property
     def tools(self) -> ToolCalling:
         """How the model calls."""
         return self.context.model.tools
@@ -114,6 +109,8 @@ class _Job:
         whole = {**self._head("chat.completion"), "choices": choices, "usage": tally.usage()}
         if self.body.prompt_logprobs is not None:
             whole["prompt_logprobs"] = self.context.logprobs.ranked(texts[0].prompt)
+        if self.body.return_token_ids:
+            whole["prompt_token_ids"] = self.prompt
         return whole
 
     async def events(self, generation: Generation) -> Events:
@@ -122,7 +119,7 @@ class _Job:
         readers = [TextReader(self.plan) for _ in self.texts]
         for index in range(len(self.texts)):
             first = {"delta": {"role": "assistant", "content": ""}}
-            yield self._chunk(self._choice(index, first, Delta(), None), tally)
+            yield self._chunk(self._choice(index, first, Delta(), None), tally, first=index == 0)
         async for index, delta in generation:
             tally.add(0, delta)
             for choice in self._pieces(index, delta, readers[index]):
@@ -150,8 +147,10 @@ class _Job:
             for at, piece in enumerate(found)
         ]
 
-    def _chunk(self, choice: dict[str, Any], tally: Tally) -> str:
+    def _chunk(self, choice: dict[str, Any], tally: Tally, *, first: bool = False) -> str:
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if first and self.body.return_token_ids:
+            chunk["prompt_token_ids"] = self.prompt
         if self.body.usage_at_end:
             chunk["usage"] = tally.usage() if self.body.usage_always else None
         return event(chunk)

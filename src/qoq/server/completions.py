@@ -46,11 +46,6 @@ class _Job:
     id: str
     created: int
 
-    @property
-    def priority(self) -> int:
-        """Whose turn is sooner; lower is."""
-        return self.body.priority
-
     @classmethod
     async def make(cls, context: Context, body: CompletionRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
@@ -60,6 +55,8 @@ class _Job:
         asked_of_prompt = [body.prompt_logprobs, body.logprobs if body.echo else None]
         of_prompt = max((count for count in asked_of_prompt if count is not None), default=None)
         asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        if cls._only_echo(body):
+            asked = 1  # the engine always gives one; it is left out of the answer
         cut = context.prompts.cut(body, asked)
         prompts: list[list[int]] = []
         shown: list[str] = []
@@ -90,6 +87,7 @@ class _Job:
         tally = Tally(self.prompts)
         choices = []
         for index, text in enumerate(texts):
+            text = self._told(text)
             tally.add(self._prompt(index), text)
             choices.append(self._choice(index, text, self._echo(index), 0))
         self._note(tally)
@@ -101,10 +99,11 @@ class _Job:
         lengths = [0] * len(self.texts)  # characters sent of each text
         started = [False] * len(self.texts)
         async for index, delta in generation:
+            delta = self._told(delta)
             tally.add(self._prompt(index), delta)
-            echo = "" if started[index] else self._echo(index)
-            started[index] = True
-            choice = self._choice(index, delta, echo, lengths[index])
+            first, started[index] = not started[index], True
+            echo = self._echo(index) if first else ""
+            choice = self._choice(index, delta, echo, lengths[index], first=first)
             lengths[index] += len(choice["text"])
             chunk = {**self._head(), "choices": [choice]}
             if self.body.usage_at_end:
@@ -115,6 +114,17 @@ class _Job:
             yield event({**self._head(), "choices": [], "usage": tally.usage()})
         yield DONE
 
+    @staticmethod
+    def _only_echo(body: CompletionRequest) -> bool:
+        """Whether the prompt alone is wanted back, for its logprobs."""
+        return body.echo and body.max_tokens == 0
+
+    def _told(self, delta: Delta) -> Delta:
+        """What the client hears of it."""
+        if not self._only_echo(self.body):
+            return delta
+        return Delta(prompt=delta.prompt, finish_reason=delta.finish_reason and "length")
+
     def _head(self) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -123,7 +133,9 @@ class _Job:
             "model": self.name,
         }
 
-    def _choice(self, index: int, delta: Delta, echo: str, offset: int) -> dict[str, Any]:
+    def _choice(
+        self, index: int, delta: Delta, echo: str, offset: int, *, first: bool = True
+    ) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
             logprobs = self._logprobs(index, delta, echo, offset)
@@ -138,7 +150,7 @@ class _Job:
             choice["prompt_logprobs"] = self.context.logprobs.ranked(delta.prompt)
         if self.body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
-            choice["prompt_token_ids"] = self.prompts[self._prompt(index)]
+            choice["prompt_token_ids"] = self.prompts[self._prompt(index)] if first else None
         return choice
 
     def _logprobs(self, index: int, delta: Delta, echo: str, offset: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request, Response
 
 from qoq.api.logprobs import LogprobWriter
+from qoq.api.protocol import QueueFields
 from qoq.engine.request import SamplingParams
 from qoq.server.async_engine import AsyncEngine
 from qoq.server.errors import CLIENT_GONE, APIError
@@ -57,8 +58,8 @@ class Job(Protocol):
         """What the engine is asked."""
 
     @property
-    def priority(self) -> int:
-        """Whose turn is sooner; lower is."""
+    def body(self) -> QueueFields:
+        """What was sent."""
 
     def answer(self, texts: Sequence[Delta]) -> dict[str, Any]:
         """The whole answer."""
@@ -69,17 +70,17 @@ class Job(Protocol):
 
 async def respond(context: Context, request: Request, job: Job, *, stream: bool | None) -> Response:
     """Run a job: its answer whole, or as a stream of events."""
-    generation = await begin(context, request, job.texts, job.priority)
+    generation = await begin(context, request, job.texts, job.body)
     if stream:
         return EventStream(job.events(generation), generation, request_id(request))
     return JSONAnswer(job.answer(await answers(request, generation)))
 
 
-async def begin(context: Context, request: Request, texts: Texts, priority: int = 0) -> Generation:
+async def begin(context: Context, request: Request, texts: Texts, body: QueueFields) -> Generation:
     """Put texts in line; returns once the engine has taken them, or raises what it says."""
     compiling = context.structures.compile(params for _, params in texts)
     compiled = await unless_gone(request, compiling)
-    generation = context.engine.submit(texts, priority=priority)
+    generation = context.engine.submit(texts, priority=body.priority, salt=body.cache_salt or "")
     try:
         await unless_gone(request, generation.accepted())
         del compiled  # the engine has found it

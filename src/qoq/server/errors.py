@@ -119,6 +119,10 @@ def add_handlers(app: FastAPI) -> None:
         return _validation(details).response()
 
     async def http(_: Request, error: Exception) -> JSONAnswer:
+        if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI says no more than "an error"
+            return bad_request("The body is not UTF-8.", code="invalid_json").response()
+        if isinstance(error.__cause__, RecursionError):
+            return bad_request("The body is nested too deeply.", code="invalid_json").response()
         status = error.status_code if isinstance(error, HTTPException) else 500
         detail = str(error.detail) if isinstance(error, HTTPException) else "Internal error."
         answer = APIError(status, detail)

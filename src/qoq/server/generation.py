@@ -56,6 +56,7 @@ class Ticket:
     generation: "Generation"
     index: int
     priority: int = 0
+    salt: str = ""
     arrived_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -80,10 +81,11 @@ class Generation:
         give_up: Callable[["Ticket"], None],
         time_limit: float | None = None,
         priority: int = 0,
+        salt: str = "",
     ) -> None:
         """``give_up`` is called for each open ticket on abort; ``time_limit`` is in seconds."""
         self.tickets = [
-            Ticket(ids, params, self, i, priority) for i, (ids, params) in enumerate(prompts)
+            Ticket(ids, params, self, i, priority, salt) for i, (ids, params) in enumerate(prompts)
         ]
         self._give_up = give_up
         self._time_limit = time_limit

@@ -148,6 +148,7 @@ class _EngineNumbers(Collector):
             ("num_preemptions", "Requests sent back to wait.", now.preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up.", now.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found.", now.prefix_hits),
+            ("spec_decode_num_drafts", "Times anything was guessed.", now.drafts),
             ("spec_decode_num_draft_tokens", "Tokens guessed.", now.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Of these, new tokens.", now.accepted_tokens),
         )

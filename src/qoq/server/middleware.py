@@ -4,6 +4,7 @@ Plain ASGI, not Starlette's BaseHTTPMiddleware, which hides a client's hang-up f
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -21,8 +22,12 @@ _LOG = logging.getLogger("qoq.access")
 _ERRORS = logging.getLogger("qoq.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Open to all: what balancers, dashboards and readers of the documentation ask for.
-_OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/")
+_OPEN_PATHS = (
+    *("/health", "/ping", "/load", "/version", "/metrics"),
+    *("/docs", "/redoc", "/openapi.json", "/"),
+)
 _OPEN_FOLDER = "/static/"  # of the page at /
+_DROP_S = 10.0  # how long a refused request may go on sending
 
 
 class RequestIds:
@@ -85,6 +90,7 @@ class ApiKeys:
         if scope["type"] == "http" and self._locked(scope) and not self._known(scope):
             message = "A valid API key is needed: send it as `Authorization: Bearer KEY`."
             error = APIError(401, message, code="invalid_api_key")
+            await _drop_body(scope, receive)
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -100,6 +106,20 @@ class ApiKeys:
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return kind.lower() == "bearer" and any(matches)
+
+
+async def _drop_body(scope: Scope, receive: Receive) -> None:
+    """Read what a refused request still sends, and keep none of it.
+
+    A socket that is closed over unread bytes is reset, and the answer is lost with them. Clients
+    that ask before they send (``Expect``) are answered at once.
+    """
+    if "expect" in Headers(scope=scope):
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DROP_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _digest(key: str) -> bytes:
@@ -141,24 +161,25 @@ class BodyLimits:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > self._max_bytes:
+            await _drop_body(scope, receive)
             raise self._too_large()
-        parts, size = [], 0
+        parts, size, more = [], 0, True
         try:
             async with asyncio.timeout(self._seconds):
-                while True:
+                while more and size <= self._max_bytes:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > self._max_bytes:
-                        raise self._too_large()
-                    parts.append(part)
-                    if not message.get("more_body", False):
-                        break
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
         except TimeoutError:
             message_text = f"The body did not arrive within {self._seconds:g} s."
             raise APIError(408, message_text, code="timeout") from None
+        if size > self._max_bytes:
+            if more:
+                await _drop_body(scope, receive)
+            raise self._too_large()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if size and kind != "application/json" and not kind.endswith("+json"):
             raise APIError(

@@ -1,4 +1,4 @@
-"""/v1/models and what tells whether the server lives: /health, /ping, /version, /metrics."""
+"""/v1/models and what tells whether the server lives: /health, /ping, /load, ..."""
 
 import time
 from typing import Any
@@ -55,6 +55,11 @@ def routes(context: Context) -> APIRouter:
     async def ping() -> Response:
         """The same as /health, under the name that some load balancers ask for."""
         return await health()
+
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """Texts that run or wait."""
+        return {"server_load": context.engine.num_open}
 
     @router.get("/version")
     async def version() -> dict[str, str]:

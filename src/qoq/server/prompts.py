@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from qoq.api.cut import Cut
 from qoq.api.messages import plain_messages, shown_tools
 from qoq.api.protocol import Message, SamplingFields
+from qoq.api.room import room, too_long
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request
 from qoq.server.templates import TemplateProcess
@@ -65,13 +66,13 @@ class Prompts:
     async def encode(self, text: str, *, special: bool = True, cut: Cut | None = None) -> list[int]:
         """Ids of a text, no more than ``cut`` leaves of them.
 
-        Raises APIError 400 for one that cannot fit, before any work.
+        Raises RequestError for one that cannot fit, before any work.
         """
         if cut is not None:
             text = cut.text(text, self._longest)
         least = -(-len(text) // self._longest)
         if cut is None and least > self.max_model_len:
-            raise self._too_long(f"at least {least}")
+            raise too_long(f"at least {least}", self.max_model_len)
         ids = await self._off_loop(lambda: self._encode(text, special))
         return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
 
@@ -82,7 +83,7 @@ class Prompts:
         if isinstance(prompt, str):
             return await self.encode(prompt, special=special, cut=cut)
         if cut is None and len(prompt) >= self.max_model_len:  # before a million are looked at
-            raise self._too_long(str(len(prompt)))
+            raise too_long(str(len(prompt)), self.max_model_len)
         self.check_ids(prompt, "prompt")
         ids = list(prompt)
         return ids if cut is None else cut.ids(ids, self._tokenizer.hf.bos_token_id)
@@ -154,34 +155,8 @@ class Prompts:
             )
 
     def room(self, ids: Sequence[int], asked: int | None, name: str) -> int:
-        """New tokens for this prompt: those asked for, or all that fit (None).
-
-        Raises APIError 400, with both lengths, where they do not fit.
-        """
-        if not ids:
-            raise bad_request("The prompt is empty; it must have at least one token.")
-        left = self.max_model_len - len(ids)
-        if left < 1:
-            raise self._too_long(str(len(ids)))
-        if asked is None:
-            return left
-        if asked > left:
-            raise bad_request(
-                f"This model's context is {self.max_model_len} tokens. The prompt has {len(ids)}, "
-                f"and {name} asks for {asked} more: {len(ids) + asked} together. Shorten the "
-                f"prompt or lower {name}.",
-                param=name,
-                code="context_length_exceeded",
-            )
-        return asked
-
-    def _too_long(self, count: str) -> Exception:
-        return bad_request(
-            f"The prompt has {count} tokens; this model's context is {self.max_model_len}, new "
-            "tokens included. Shorten the prompt.",
-            param="prompt",
-            code="context_length_exceeded",
-        )
+        """``room`` for a prompt of this model; its RequestError is a 400."""
+        return room(len(ids), asked, context=self.max_model_len, name=name)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         try:

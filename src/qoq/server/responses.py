@@ -62,11 +62,6 @@ class _Job:
         """What the engine is asked."""
         return [(self.prompt, self.params)]
 
-    @property
-    def priority(self) -> int:
-        """Whose turn is sooner; lower is."""
-        return self.body.priority
-
     @classmethod
     async def make(cls, context: Context, body: ResponsesRequest, request: Request) -> "_Job":
         """Check everything that can be checked before the engine sees it."""
@@ -74,6 +69,10 @@ class _Job:
         refuse_unsupported(body)
         if body.prompt is not None:
             raise bad_request("Stored prompts are not supported.", param="prompt")
+        if body.top_logprobs:
+            raise bad_request(
+                "Responses have no logprobs here; use /v1/chat/completions.", param="top_logprobs"
+            )
         calling, tools = context.model.tools, tools_of(body)
         plan = calling.plan(
             tools,
@@ -167,7 +166,7 @@ class _Job:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self.params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}, **(body.text or {})},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "top_p": self.params.top_p,

@@ -12,13 +12,15 @@ from qoq.server.generation import Generation
 from qoq.server.wire import dumps
 
 _LOG = logging.getLogger("qoq.server")
+# Characters that end a line for many clients (str.splitlines, httpx), though not by the standard.
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 DONE = "data: [DONE]\n\n"
 Events = AsyncGenerator[str, None]
 
 
 def event(value: dict[str, Any], name: str | None = None) -> str:
     """One event; ``name`` where the client tells events apart by it."""
-    data = dumps(value)
+    data = dumps(value).translate(_LINE_ENDS)
     return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
 
 
