@@ -113,7 +113,7 @@ def put(
             tl.store(place, (even | (odd << 4)).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "slot_count"])
+@triton.jit(do_not_specialize=["tokens", "slot_count"], do_not_specialize_on_alignment=["slots"])
 def append(
     q,
     k,
