@@ -137,3 +137,11 @@ def test_recording_writes_no_keys_and_reads_no_stale_batch() -> None:
 
 def test_only_gpus_record() -> None:
     assert recorder(CPU) is None
+
+
+def test_graphs_are_recorded_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", streams.append)  # without a device: the current one
+    assert recorder(torch.device("cuda", 1)) is not None
+    assert streams == [torch.device("cuda", 1)]

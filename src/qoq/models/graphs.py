@@ -109,7 +109,7 @@ def page_sizes(most: int) -> list[int]:
 
 def recorder(device: torch.device) -> Record | None:
     """How steps are recorded on a device: as CUDA graphs on a GPU, not at all elsewhere."""
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class CudaGraphs:
@@ -119,9 +119,9 @@ class CudaGraphs:
     it is, with a warning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
         self._can: bool | None = None  # not known yet
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
