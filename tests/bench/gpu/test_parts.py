@@ -237,8 +237,30 @@ def test_tests(tmp_path: Path) -> None:
 
 def test_tests_that_hang_or_are_not_there(tmp_path: Path) -> None:
     assert tests.failed(list(tests.rows(tmp_path, "nowhere", seconds=1)))
-    (tmp_path / "test_it.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
-    rows = list(tests.rows(tmp_path, ".", seconds=4))
-    assert "stopped after 4 s" in rows[0]["problem"]
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_bad(): raise ValueError\ndef test_long(): time.sleep(60)\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=8))
+    assert "stopped after 8 s" in rows[0]["problem"]
+    assert rows[1]["test"].endswith("test_bad")  # what was known by then is not lost
+    assert rows[2] == {"passed": 0, "failed": 1, "skipped": 0}
     assert tests.failed(rows)
     assert "stopped" in text("tests", rows)
+
+
+def test_tests_that_cannot_be_imported_or_set_up(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import nothing_of_that_name\n")
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "nothing_of_that_name" in rows[0]["told"]
+    assert tests.failed(rows)
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken():\n    raise ValueError('not set up')\n"
+        "def test_it(broken): pass\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "not set up" in rows[0]["message"]
+    assert rows[1] == {"passed": 0, "failed": 1, "skipped": 0}
+    (tmp_path / "test_it.py").unlink()
+    assert tests.failed(list(tests.rows(tmp_path, ".", seconds=60)))
