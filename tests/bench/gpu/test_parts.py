@@ -109,9 +109,9 @@ def test_gemm(bench: Bench) -> None:
     assert first["of_floor"] == pytest.approx(first["floor_us"] / first["us"])
     few = next(row for row in rows if row["system"] == "torch int8")
     assert "17 rows" in few["missing"]
-    table = text("gemm", rows)
-    assert len(table.splitlines()) == 3
-    assert "tiny qkv_proj" in table
+    table = text("gemm", rows).splitlines()
+    assert sum("tiny qkv_proj" in line for line in table) == 2
+    assert sum("no torch int8 (1x)" in line for line in table) == 1
 
 
 def test_gemm_warms_every_case_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +168,30 @@ def test_rows(bench: Bench, small: ModelConfig, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(row_kernels, "config_of", lambda *_: small)
     for share in range(8):
         row_kernels.warm(bench, share, 8)
+
+
+@pytest.mark.parametrize(
+    ("part", "ours", "peer"),
+    [
+        ("ceilings", "ours w8a8", "torch fp8"),
+        ("gemm", "ours w4a8-g128", "torch int4"),
+        ("attention", "kv8", attention.SDPA),
+    ],
+)
+def test_ours_may_not_be_missing(part: str, ours: str, peer: str) -> None:
+    about = {"model": "m", "linear": "l", "M": 1, "batch": 1, "context": 1, "queries": 1}
+    rows = [{**about, "system": peer, "missing": "NotImplementedError: no such thing"}] * 2
+    assert not PARTS[part].failed(rows)
+    small = {**about, "system": ours, "missing": "OutOfMemoryError: of 24 GB"}
+    assert not PARTS[part].failed([*rows, small])
+    assert PARTS[part].failed([*rows, {**small, "missing": "CompilationError: at 3:7"}])
+    assert "no such thing" in text(part, rows)
+
+
+def test_no_row_kernel_may_be_missing() -> None:
+    rows = [{"system": "sample, greedy", "M": 1, "missing": "CompilationError: at 3:7"}]
+    assert PARTS["rows"].failed(rows)
+    assert "CompilationError" in text("rows", rows)
 
 
 def test_model_greedy(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("env", 20, environment.rows, environment.lines),
-        Part("ceilings", 30, ceilings.rows, ceilings.lines),
+        Part("ceilings", 30, ceilings.rows, ceilings.lines, ceilings.failed),
         Part("subnormal", 20, subnormal.rows, subnormal.lines, subnormal.failed),
         Part(
             "tests",
@@ -51,12 +51,18 @@ PARTS = {
             tests.failed,
         ),
         Part("bits", 30, bits.rows, bits.lines, bits.failed),
-        Part("gemm", 60, gemm.rows, gemm.lines, warm=gemm.warm, warm_seconds=50),
+        Part("gemm", 60, gemm.rows, gemm.lines, gemm.failed, gemm.warm, warm_seconds=50),
         Part(
-            "attention", 40, attention.rows, attention.lines, warm=attention.warm, warm_seconds=20
+            "attention", 40, attention.rows, attention.lines, attention.failed, attention.warm, 20
         ),
         Part(
-            "rows", 20, row_kernels.rows, row_kernels.lines, warm=row_kernels.warm, warm_seconds=10
+            "rows",
+            20,
+            row_kernels.rows,
+            row_kernels.lines,
+            row_kernels.failed,
+            row_kernels.warm,
+            10,
         ),
         Part("model", 50, model.rows, model.lines, model.failed, model.warm, warm_seconds=20),
     )

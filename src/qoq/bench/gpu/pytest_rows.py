@@ -1,4 +1,4 @@
-"""A pytest plugin: a JSON line for each test as it ends, so that a run that is stopped loses none."""
+"""A pytest plugin: a JSON line for each test as it ends, so that none is lost by a stop."""
 
 import json
 import os
