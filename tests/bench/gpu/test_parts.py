@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.tiny import write_tiny_llama
+from qoq.bench import throughput
 from qoq.bench.gpu import (
     attention,
     bits,
@@ -25,6 +27,7 @@ from qoq.engine.request import Logprob, Request, SamplingParams
 from qoq.formats.kv import page_bytes
 from qoq.formats.scheme import KVFormat
 from qoq.models.config import ModelConfig
+from qoq.models.decoder import Decoder
 
 
 def text(part: str, rows: Sequence[Row]) -> str:
@@ -229,15 +232,24 @@ def test_model_compares_until_texts_part() -> None:
 
 
 def test_model_speed(bench: Bench, small: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "config_of", lambda shape, layers: small)
+    monkeypatch.setattr(model, "config_of", lambda shape, layers=None: small)
     row = model.speed(bench, "small", 2, True, prompt_len=9, output_len=4)
     assert (row["shape"], row["batch"], row["eager"]) == ("small", 2, True)
     assert row["decode_tok_s"] > 0
     assert "batch   2 eager" in text("model", [row])
     monkeypatch.setattr(model, "SPEED", (("small", 1, False), ("small", 1, True)))
     monkeypatch.setattr(model, "PROMPT_LEN", 8)
+    ran: list[int] = []
+    run = throughput.run
+
+    def watched(decoder: Decoder, *args: Any, **named: Any) -> throughput.Throughput:
+        ran.append(decoder.config.num_layers)
+        return run(decoder, *args, **{**named, "prompt_len": 8, "batch": 1})
+
+    monkeypatch.setattr(throughput, "run", watched)
     for share in range(2):
         model.warm(bench, share, 2)
+    assert ran == [small.num_layers, 1]  # the shape once, and the bundled model
 
 
 def test_tests(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from qoq.bench import throughput
 from qoq.bench.gpu.bench import Bench, Row
 from qoq.bench.random_weights import random_decoder
 from qoq.bench.shapes import config_of
+from qoq.checkpoint.hf import CONFIG_NAME, read_json_object
 from qoq.engine.engine import Engine, pages_needed
 from qoq.engine.request import Request, SamplingParams
 from qoq.formats.scheme import QuantScheme
 from qoq.kernels.cpu.backend import missing as no_cpu_kernels
 from qoq.kvcache.budget import PoolShape
+from qoq.models.config import ModelConfig
 from qoq.models.load import LoadedModel, load_model
 from qoq.quantize.pipeline import quantize
 from qoq.quantize.recipe import RTN
@@ -50,7 +53,7 @@ def greedy(bench: Bench, source: Path) -> Iterator[Row]:
         yield {"problem": f"there is no {source}; run this from a checkout of the sources"}
         return
     ids = Tokenizer.load(source).encode((source / "heldout.txt").read_text("utf-8")[:40_000])
-    prompts = [ids[500 * at : 500 * at + 20 + 37 * at] for at in range(PROMPTS)]
+    prompts = [ids[500 * at :][: _prompt_length(at)] for at in range(PROMPTS)]
     ways = [("oracle", "cpu"), ("oracle", str(bench.device)), (bench.backend, str(bench.device))]
     if no_cpu_kernels() is None:
         ways.append(("cpu", "cpu"))
@@ -90,30 +93,26 @@ def speed(
     batch: int,
     eager: bool,
     *,
-    layers: int | None = None,
     prompt_len: int = PROMPT_LEN,
     output_len: int = OUTPUT_LEN,
 ) -> Row:
     """Tokens per second of a model of random weights."""
-    config, scheme = config_of(shape, layers), QuantScheme.parse(SCHEME)
-    decoder = random_decoder(config, scheme, backend=bench.backend, device=bench.device)
-    result = throughput.run(
-        decoder,
-        scheme.kv,
-        batch=batch,
-        prompt_len=prompt_len,
-        output_len=output_len,
-        backend=bench.backend,
-        enforce_eager=eager,
-        warm_up=True,
-    )
+    result = _random_run(bench, config_of(shape), batch, eager, prompt_len, output_len)
     return {"shape": shape, "eager": eager, **result.to_dict()}
 
 
 def warm(bench: Bench, share: int, of: int) -> None:
     """Compile what every ``of``-th size needs, from ``share`` on, by running one layer of it."""
-    for shape, batch, _ in dict.fromkeys((s, b, True) for s, b, _ in SPEED[share::of]):
-        speed(bench, shape, batch, True, layers=1, output_len=3)
+    sizes = [
+        (config_of(shape, 1), batch, PROMPT_LEN)
+        for shape, batch in dict.fromkeys((shape, batch) for shape, batch, _ in SPEED)
+    ]
+    if BUNDLED.is_dir():
+        bundled = ModelConfig.from_hf(read_json_object(BUNDLED / CONFIG_NAME))
+        usual = sum(map(_prompt_length, range(PROMPTS))) // PROMPTS
+        sizes.append((replace(bundled, num_layers=1), PROMPTS, usual))
+    for config, batch, prompt_len in sizes[share::of]:
+        _random_run(bench, config, batch, True, prompt_len, 3)
 
 
 def failed(rows: Sequence[Row]) -> bool:
@@ -140,6 +139,26 @@ def lines(rows: Sequence[Row]) -> list[str]:
                 "tok/s"
             )
     return out
+
+
+def _prompt_length(at: int) -> int:
+    return 20 + 37 * at
+
+
+def _random_run(
+    bench: Bench, config: ModelConfig, batch: int, eager: bool, prompt_len: int, output_len: int
+) -> throughput.Throughput:
+    scheme = QuantScheme.parse(SCHEME)
+    return throughput.run(
+        random_decoder(config, scheme, backend=bench.backend, device=bench.device),
+        scheme.kv,
+        batch=batch,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        backend=bench.backend,
+        enforce_eager=eager,
+        warm_up=True,
+    )
 
 
 def _continue(model: LoadedModel, prompts: Sequence[Sequence[int]], backend: str) -> list[Request]:
