@@ -229,6 +229,12 @@ def test_model_compares_until_texts_part() -> None:
     assert (found["ties"], found["wrong"]) == (1, 1)
     assert [(one["prompt"], one["token"]) for one in found["parted"]] == [(0, 1), (1, 1)]
     assert model.failed([found])
+    assert found["apart"] == 0
+    far = model.compare([request([4], [1])], truth[2:])
+    assert not model.failed([far])
+    assert model.failed([{**far, "apart": 0.2}])
+    truth[2].logprobs[0] -= 0.5
+    assert model.compare([request([4], [1])], truth[2:])["apart"] == pytest.approx(0.5)
 
 
 def test_model_speed(bench: Bench, small: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

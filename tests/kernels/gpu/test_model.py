@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from qoq.bench.gpu.model import TIE, compare
+from qoq.bench.gpu.model import compare
 from qoq.bench.random_weights import random_decoder
 from qoq.bench.shapes import raw_config
 from qoq.engine.engine import Engine
@@ -19,6 +19,7 @@ from qoq.models.config import ModelConfig
 
 MODULES = (act_quant, attention, kv_append, linear, sample)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 61}
+NEAR = 0.02  # log-probabilities of a model this small
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 pytestmark = pytest.mark.usefixtures("faithful")
@@ -68,7 +69,7 @@ def test_a_whole_model(
     assert found["same_until_parted"] + 3 * found["ties"] >= 11
     for text, want in zip(got, truth, strict=True):
         same = len(want.token_ids) if text.token_ids == want.token_ids else 1
-        assert text.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=TIE)
+        assert text.logprobs[:same] == pytest.approx(want.logprobs[:same], abs=NEAR)
     assert not [w for w in recwarn if "slow oracle" in str(w.message)]
 
 
