@@ -14,7 +14,7 @@ from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch, BatchShape
 from qoq.models.config import ModelConfig
-from qoq.models.graphs import DecodeGraphs, page_sizes, recorder, sequence_sizes
+from qoq.models.graphs import DecodeGraphs, page_sizes, prompt_sizes, recorder, sequence_sizes
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -45,6 +45,10 @@ def test_sizes() -> None:
     assert page_sizes(3) == [3]
     assert page_sizes(16) == [16]
     assert page_sizes(2048) == [16, 64, 256, 1024, 2048]
+    assert prompt_sizes(1) == [1]
+    assert prompt_sizes(16) == [16]
+    assert prompt_sizes(100) == [16, 32, 64, 100]
+    assert prompt_sizes(2048) == [16, 32, 64, 128, 256, 512, 1024, 2048]
 
 
 @given(most=st.integers(1, 300), pages=st.integers(1, 3000), data=st.data())

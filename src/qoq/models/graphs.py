@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,9 +73,7 @@ class DecodeGraphs:
     def _recording(self, shape: BatchShape) -> Callable[[], Tensor]:
         found = self._recorded.get(shape)
         if found is None:
-            padding = shape.flat()
-            none, no_pages = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32)
-            shape.views(padding).fill(none, none, none, no_pages, 1)
+            padding = shape.padding()
             memory = self._memory[: len(padding)]
             memory.copy_(padding)  # recording runs the step, which must write no keys
             batch = shape.views(memory)
@@ -96,6 +93,14 @@ def sequence_sizes(most: int) -> list[int]:
     while sizes[-1] < most:
         whole = 2 ** sizes[-1].bit_length()
         sizes += [whole, 3 * whole // 2]
+    return [*(size for size in sizes if size < most), most]
+
+
+def prompt_sizes(most: int) -> list[int]:
+    """Rows of prompts, 16, 32, 64, ... below ``most``, and ``most``: kernels for all are then
+    compiled, as they are made for powers of two.
+    """
+    sizes = [1 << i for i in range(4, most.bit_length())]
     return [*(size for size in sizes if size < most), most]
 
 

@@ -29,6 +29,7 @@ from qoq.models.anatomy import packed_tensors
 from qoq.models.batch import BatchShape
 from qoq.models.config import ModelConfig
 from qoq.models.decoder import Decoder, build_decoder
+from qoq.models.graphs import page_sizes, prompt_sizes, sequence_sizes
 
 META = torch.device("meta")
 MODULES = (act_quant, attention, kv_append, linear, sample)
@@ -171,6 +172,24 @@ def test_neither_lengths_nor_addresses_make_a_kernel(launches: Launches, scheme:
     several = {key[0]: found for key, found in kernels.items() if len(found) > 1}
     assert not several
     assert len(kernels) < 70
+
+
+def test_an_engine_that_is_ready_has_compiled_all(launches: Launches) -> None:
+    """What its start runs (``Engine.record``) needs every kernel that later steps do."""
+    decoder, pool = model_of(QuantScheme.parse("w4a8kv4-g128"))
+    pages = 2048
+    for size in sequence_sizes(64):
+        for wide in page_sizes(pages):
+            step(decoder, pool, size, size, wide)
+    for tokens in prompt_sizes(2048):
+        for wide in (1, pages):
+            step(decoder, pool, tokens, 1, wide)
+    ready = {(name, constants) for name, constants, _ in launches.seen}
+    launches.seen.clear()
+    for tokens, sequences, wide in [*PREFILL, *DECODE, (2048, 64, 2048), (70, 64, 500)]:
+        if sequences <= 64:
+            step(decoder, pool, tokens, sequences, wide)
+    assert not {(name, constants) for name, constants, _ in launches.seen} - ready
 
 
 @pytest.mark.parametrize("window", [None, 4096])
