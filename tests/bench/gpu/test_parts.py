@@ -92,6 +92,13 @@ def test_bits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 10  # groups of 128 do not fit 64 and 160
     assert not bits.failed(rows)
     assert all(row["wrong_cpu"] == 0 for row in rows)
+    made: list[bits.Size] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bits, "cases", lambda: [("int8", size) for size in sizes])
+        patch.setattr(bits, "_sums", lambda bench, name, size: made.append(size))
+        for share in range(2):
+            bits.warm(bench, share, 2)
+    assert sorted(made) == sorted(sizes)
     monkeypatch.setattr(bits, "int_matmul", lambda a, w: (a.long() @ w.long().T).int() + 1)
     wrong = list(bits.rows(bench, sizes[:1]))
     assert bits.failed(wrong)
