@@ -265,12 +265,15 @@ def test_model_speed(bench: Bench, small: ModelConfig, monkeypatch: pytest.Monke
     assert ran == [small.num_layers, 1]  # the shape once, and the bundled model
 
 
-def test_tests(tmp_path: Path) -> None:
+def test_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "test_it.py").write_text(
         "import os, pytest\n"
-        "def test_good(): assert os.environ['QOQ_NO_MACHINE_CODE']\n"
+        "def test_good():\n"
+        "    assert os.environ['QOQ_NO_MACHINE_CODE']\n"
+        "    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
         "def test_bad(): assert 1 == 2, 'one is not two'\n"
         "def test_left(): pytest.skip('why not')\n"
     )

@@ -100,7 +100,7 @@ def _warm(part: Part, worker: Sequence[str], seconds: float) -> None:
     count = max(1, min(MOST_WARMERS, (os.cpu_count() or 2) // 2))
     nothing = subprocess.DEVNULL
     started = [
-        _start([*worker, part.name, "--warm", str(share), str(count)], nothing)
+        _start([*worker, part.name, "--warm", str(share), str(count)], nothing, OMP_NUM_THREADS="1")
         for share in range(count)
     ]
     end = time.monotonic() + seconds
@@ -120,10 +120,10 @@ def _run(part: Part, worker: Sequence[str], ceilings: str, seconds: float) -> Re
         return {"status": status, "rows": _read(file), **({name: text} if text else {})}
 
 
-def _start(command: Sequence[str], output: Any) -> "subprocess.Popen[bytes]":
+def _start(command: Sequence[str], output: Any, **more: str) -> "subprocess.Popen[bytes]":
     source = str(Path(qoq.__file__).parents[1])
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**more, **os.environ, "PYTHONPATH": path}
     return subprocess.Popen(
         command, env=environment, stdout=output, stderr=output, start_new_session=True
     )

@@ -32,8 +32,10 @@ def rows(repository: Path = REPOSITORY, tests: str = TESTS, *, seconds: float) -
             *("-p", "qoq.bench.gpu.pytest_rows", f"--rows={file}"),
             *("-o", f"cache_dir={folder}/cache", *_processes()),
         ]
-        # Machine code for other GPUs than this one is looked at where there is none.
-        environment = {**os.environ, "QOQ_NO_MACHINE_CODE": "1"}
+        # Machine code for other GPUs than this one is looked at where there is none. The processes
+        # share the cores: threads of oracles would keep each other from them.
+        one = {"OMP_NUM_THREADS": "1"}
+        environment = {**one, **os.environ, "QOQ_NO_MACHINE_CODE": "1"}
         with told.open("wb") as output:
             try:
                 subprocess.run(
