@@ -35,7 +35,7 @@ def elements(device: torch.device, least_bytes: int, few: int) -> int:
 
 
 def test_the_last_rows_of_many(device: torch.device) -> None:
-    size = elements(device, 20 << 30, 1 << 12)
+    size = elements(device, 20 << 30, 1 << 10)
     n = MAX_COLUMNS if size == FAR else 64
     m = size // n + 1
     weight = prepare(random_weight("int8", n, 32).to(device))
