@@ -314,5 +314,14 @@ def test_tests_that_cannot_be_imported_or_set_up(tmp_path: Path) -> None:
     rows = list(tests.rows(tmp_path, ".", seconds=60))
     assert "not set up" in rows[0]["message"]
     assert rows[1] == {"passed": 0, "failed": 1, "skipped": 0}
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken():\n    yield\n    raise ValueError('not put away')\n"
+        "def test_it(broken): pass\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "not put away" in rows[0]["message"]
+    assert rows[1] == {"passed": 1, "failed": 1, "skipped": 0}
     (tmp_path / "test_it.py").unlink()
     assert tests.failed(list(tests.rows(tmp_path, ".", seconds=60)))

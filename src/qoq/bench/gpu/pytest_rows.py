@@ -20,7 +20,7 @@ def pytest_configure(config: Any) -> None:
 class _Rows:
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str | None]] = set()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Setup, test and teardown: a test that passes does so in the middle, others anywhere."""
@@ -33,9 +33,10 @@ class _Rows:
             self._tell(report)
 
     def _tell(self, report: Any) -> None:
-        if report.nodeid in self._told:
+        what = report.nodeid, getattr(report, "when", None)
+        if what in self._told:  # each process fails to import the same file
             return
-        self._told.add(report.nodeid)
+        self._told.add(what)
         row = {"test": report.nodeid, "outcome": report.outcome}
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)

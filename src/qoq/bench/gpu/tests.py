@@ -49,7 +49,8 @@ def rows(repository: Path = REPOSITORY, tests: str = TESTS, *, seconds: float) -
                 )
             except subprocess.TimeoutExpired:
                 yield {"problem": f"stopped after {seconds:.0f} s", "told": _tail(told)}
-        reports = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+        reports = [json.loads(line) for line in whole.splitlines()]
         if not reports:
             yield {"problem": "pytest ran no test", "told": _tail(told)}
             return
