@@ -15,7 +15,9 @@ from qoq.engine.request import Request, SamplingParams
 from qoq.engine.speculative import SpeculativeConfig, guesser
 from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.pool import KVPool
+from qoq.models.batch import Batch
 from qoq.models.config import ModelConfig
+from qoq.models.decoder import Decoder
 
 SCHEME = QuantScheme.parse("w4a8kv4-g32")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97, "num_hidden_layers": 2}
@@ -79,3 +81,27 @@ def test_replayed_steps_change_no_bit(replays: list[int], guess: bool) -> None:
         assert a.logprobs == b.logprobs
         assert a.top_logprobs == b.top_logprobs
         assert a.prompt_logprobs == b.prompt_logprobs
+
+
+def test_prompts_of_padding_compile_and_write_nothing(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.from_hf({**raw_config("llama-3.2-1b"), **SIZES, **HEADS})
+    pool = KVPool(SCHEME.kv, 2, 60, 2, 4, 16)
+    for layer in pool.layers:
+        layer.k_codes.fill_(7)
+    engine = Engine(
+        random_decoder(config, SCHEME), pool, max_requests=3, max_step_tokens=40, max_model_len=100
+    )
+    seen: list[tuple[int, ...]] = []
+    hidden = Decoder.hidden
+
+    def watched(decoder: Decoder, batch: Batch, *args: Any, **named: Any) -> Tensor:
+        if batch.num_tokens > 3:
+            seen.append((batch.num_tokens, *batch.page_table.shape))
+        return hidden(decoder, batch, *args, **named)
+
+    monkeypatch.setattr(Decoder, "hidden", watched)
+    engine.record()
+    assert seen == [(tokens, 1, pages) for tokens in (16, 32, 40) for pages in (1, 25)]
+    assert all(layer.k_codes.eq(7).all() for layer in pool.layers)

@@ -1,10 +1,13 @@
 """act_quant oracles against float64 formulas."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qoq.errors import BackendUnavailable
 from qoq.formats.activation import QuantizedActivation
@@ -122,3 +125,21 @@ def test_refusals() -> None:
         silu_mul_quant(torch.ones(1, 3), 8)
     with pytest.raises(BackendUnavailable):
         act_quant(torch.ones(1, 2), 8, backend="gpu")
+
+
+def test_a_norm_elsewhere_than_on_the_cpu_sums_in_fp64() -> None:
+    """Else a row's bits would hang on how many there are, for so does torch's order on a GPU."""
+    summed: list[torch.dtype] = []
+
+    class Means(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.overloadpacket in (torch.ops.aten.mean, torch.ops.aten.sum):
+                summed.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Means():
+        out = rms_norm(torch.empty(3, 8, device="meta"), torch.empty(8, device="meta"), 1e-5)
+    assert summed == [torch.float64]
+    assert out.dtype == torch.float32

@@ -14,7 +14,7 @@ from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.pool import KVPool
 from qoq.models.batch import Batch, BatchShape
 from qoq.models.config import ModelConfig
-from qoq.models.graphs import DecodeGraphs, page_sizes, recorder, sequence_sizes
+from qoq.models.graphs import DecodeGraphs, page_sizes, prompt_sizes, recorder, sequence_sizes
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -45,6 +45,10 @@ def test_sizes() -> None:
     assert page_sizes(3) == [3]
     assert page_sizes(16) == [16]
     assert page_sizes(2048) == [16, 64, 256, 1024, 2048]
+    assert prompt_sizes(1) == [1]
+    assert prompt_sizes(16) == [16]
+    assert prompt_sizes(100) == [16, 32, 64, 100]
+    assert prompt_sizes(2048) == [16, 32, 64, 128, 256, 512, 1024, 2048]
 
 
 @given(most=st.integers(1, 300), pages=st.integers(1, 3000), data=st.data())
@@ -137,3 +141,11 @@ def test_recording_writes_no_keys_and_reads_no_stale_batch() -> None:
 
 def test_only_gpus_record() -> None:
     assert recorder(CPU) is None
+
+
+def test_graphs_are_recorded_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", streams.append)  # without a device: the current one
+    assert recorder(torch.device("cuda", 1)) is not None
+    assert streams == [torch.device("cuda", 1)]

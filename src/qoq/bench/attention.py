@@ -122,10 +122,12 @@ def random_pages(
     dtype = torch.bfloat16
     pages = KVPages.empty(kv, num, kv_heads, PAGE_SIZE, dim, device=device, dtype=dtype)
     for codes in (pages.k_codes, pages.v_codes):
-        # One page many times: drawing them all would take longer than the bench.
+        # One page many times: drawing them all would take longer than the bench, and so would
+        # bringing more than one to a GPU.
         floats = codes.dtype is torch.bfloat16
         page = codes.shape[1:]
-        codes.copy_(torch.randn(page) if floats else torch.randint(0, 256, page))
+        drawn = torch.randn(page) if floats else torch.randint(0, 256, page)
+        codes.copy_(drawn.to(codes.device))
     for scale, offset in ((pages.k_scale, pages.k_offset), (pages.v_scale, pages.v_offset)):
         scale.fill_(0.1)
         offset.fill_(-0.75)

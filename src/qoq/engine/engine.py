@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from qoq.engine.logprobs import forward, unscored
+from qoq.engine.logprobs import forward, log_sums, unscored
 from qoq.engine.plan import Chunk
 from qoq.engine.request import Request, SamplingParams, Update
 from qoq.engine.rows import Rows
@@ -24,8 +24,9 @@ from qoq.engine.stats import EngineStats
 from qoq.engine.structured import Grammars
 from qoq.errors import RequestError
 from qoq.kvcache.pool import KVPool, pages_for_tokens
+from qoq.models.batch import BatchShape
 from qoq.models.decoder import Decoder
-from qoq.models.graphs import DecodeGraphs, Progress, recorder
+from qoq.models.graphs import DecodeGraphs, Progress, prompt_sizes, recorder
 from qoq.tokenizer import Tokenizer
 
 
@@ -78,6 +79,7 @@ class Engine:
         self._device = device = pool.layers[0].k_codes.device
         self._sampler = Sampler(decoder.config.vocab_size, tokenizer)
         most_pages = min(pool.num_pages, pages_needed(self.max_model_len, pool.page_size))
+        self._most_pages, self._max_step_tokens = most_pages, max_step_tokens
         self._rows = Rows(max_requests, most_pages, pool.page_size, device)
         record = None if enforce_eager or backend == "oracle" else recorder(device)
         self._graphs: DecodeGraphs | None = None
@@ -166,10 +168,13 @@ class Engine:
 
     @torch.inference_mode()
     def record(self, progress: Progress = lambda done, total: None) -> None:
-        """Record all sizes of decode steps now, so that none waits for it later; on a GPU alone."""
+        """Record all sizes of decode steps now, and compile what prompts need, so that none waits
+        for it later; on a GPU alone.
+        """
         if self._graphs is not None:
             with _on(self._device):
                 self._graphs.record_all(progress)
+                self._compile()
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -228,6 +233,15 @@ class Engine:
                 return logits[: len(rows)]
         batch = self._rows.batch(chunks)
         return forward(self._decoder, batch, self._pool, rows, chunks, backend=self._backend)
+
+    def _compile(self) -> None:
+        """Read prompts that are nothing but padding, and draw what comes next."""
+        row = torch.zeros(1, dtype=torch.int64, device=self._device)
+        for tokens in prompt_sizes(self._max_step_tokens):
+            for pages in (1, self._most_pages):
+                shape = BatchShape(tokens, 1, pages)
+                batch = shape.views(shape.padding().to(self._device))
+                log_sums(self._decoder(batch, self._pool.layers, row, backend=self._backend))
 
     def _settle(self, updates: Sequence[Update]) -> None:
         """Count the new tokens, and let those requests go that have ended."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qoq.formats.affine import divided
+
 
 @dataclass(frozen=True)
 class QuantizedActivation:
@@ -30,7 +32,7 @@ def quantize_per_token(x: Tensor) -> QuantizedActivation:
     """
     x = x.to(torch.float32)
     absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(x.shape[0])
-    scale = torch.where(absmax > 0, absmax / 127.0, torch.ones_like(absmax))
+    scale = torch.where(absmax > 0, divided(absmax, 127), torch.ones_like(absmax))
     # A subnormal absmax can round its scale to 0 or push |x / scale| past 127: guard both ends.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (x / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)

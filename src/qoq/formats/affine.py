@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def divided(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once on every device: by a mere number torch does not divide on a GPU,
+    it multiplies by its reciprocal.
+    """
+    return x / x.new_full((), divisor)
+
+
 def affine_qparams(
     low: Tensor, high: Tensor, bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -21,7 +28,7 @@ def affine_qparams(
     low32 = low.to(torch.float32).clamp(-limit, limit)
     high32 = high.to(torch.float32).clamp(-limit, limit)
     # Divide before subtracting: high - low may overflow what low and high themselves do not.
-    scale = (high32 / levels - low32 / levels).clamp(max=limit).to(dtype)
+    scale = (divided(high32, levels) - divided(low32, levels)).clamp(max=limit).to(dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, low32.to(dtype)
 

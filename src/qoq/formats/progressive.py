@@ -10,6 +10,8 @@ all (min, max) pairs is a test.
 import torch
 from torch import Tensor
 
+from qoq.formats.affine import divided
+
 PROTECTIVE_RANGE = 119
 INT8_MIN, INT8_MAX = -128, 127
 MAX_GROUP_SCALE = 16
@@ -18,7 +20,7 @@ MAX_GROUP_SCALE = 16
 def channel_scales(weight: Tensor) -> Tensor:
     """Level-1 scale fp32 [N] of weight [N, K]: absmax / 119, 1 for all-zero rows."""
     absmax = weight.to(torch.float32).abs().amax(dim=-1)
-    scale = absmax / PROTECTIVE_RANGE
+    scale = divided(absmax, PROTECTIVE_RANGE)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -28,7 +30,7 @@ def group_qparams(low: Tensor, high: Tensor, *, ceil: bool) -> tuple[Tensor, Ten
     ``ceil`` chooses between range/15 rounded up (no clipping) and rounded down (finer steps, the
     top clipped). The offset is the rounded minimum.
     """
-    span = (high - low).to(torch.float64) / 15
+    span = divided((high - low).to(torch.float64), 15)
     scale = torch.ceil(span) if ceil else torch.floor(span)
     offset = torch.round(low.to(torch.float64))
     scale = scale.clamp(1, MAX_GROUP_SCALE).to(torch.uint8)

@@ -54,7 +54,10 @@ def silu_mul_quant(gate_up: Tensor, bits: int, *, backend: str = "auto") -> Acti
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """fp32 [..., K] = x / sqrt(mean(x^2) + eps) * gain, per last axis; no mean is subtracted."""
     x = x.to(torch.float32)
-    inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    # How torch sums on a GPU hangs on the number of rows; in fp64 no order survives rounding.
+    exact = x if x.device.type == "cpu" else x.to(torch.float64)
+    mean = exact.square().mean(dim=-1, keepdim=True).to(torch.float32)
+    inverse = torch.rsqrt(mean + eps)
     return x * inverse * gain.to(torch.float32)
 
 

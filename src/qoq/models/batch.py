@@ -24,6 +24,13 @@ class BatchShape:
         count = sum(self._words)
         return torch.empty(count, dtype=torch.int32, device=device, pin_memory=pinned)
 
+    def padding(self) -> Tensor:
+        """Memory of the CPU for a batch that reads and writes nothing: rows of no sequence."""
+        flat = self.flat()
+        none = np.zeros(0, dtype=np.int64)
+        self.views(flat).fill(none, none, none, np.zeros((0, 0), dtype=np.int32), 1)
+        return flat
+
     def views(self, flat: Tensor) -> "Batch":
         """The batch whose tensors lie in ``flat`` one after the other."""
         ids, positions, slots, table, kv_lens, ends = flat.split(self._words)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,9 +73,7 @@ class DecodeGraphs:
     def _recording(self, shape: BatchShape) -> Callable[[], Tensor]:
         found = self._recorded.get(shape)
         if found is None:
-            padding = shape.flat()
-            none, no_pages = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32)
-            shape.views(padding).fill(none, none, none, no_pages, 1)
+            padding = shape.padding()
             memory = self._memory[: len(padding)]
             memory.copy_(padding)  # recording runs the step, which must write no keys
             batch = shape.views(memory)
@@ -99,6 +96,14 @@ def sequence_sizes(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
+def prompt_sizes(most: int) -> list[int]:
+    """Rows of prompts, 16, 32, 64, ... below ``most``, and ``most``: kernels for all are then
+    compiled, as they are made for powers of two.
+    """
+    sizes = [1 << i for i in range(4, most.bit_length())]
+    return [*(size for size in sizes if size < most), most]
+
+
 def page_sizes(most: int) -> list[int]:
     """16, 64, 256, ... below ``most``, and ``most``."""
     sizes = [_FEWEST_PAGES]
@@ -109,7 +114,7 @@ def page_sizes(most: int) -> list[int]:
 
 def recorder(device: torch.device) -> Record | None:
     """How steps are recorded on a device: as CUDA graphs on a GPU, not at all elsewhere."""
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class CudaGraphs:
@@ -119,9 +124,9 @@ class CudaGraphs:
     it is, with a warning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
         self._can: bool | None = None  # not known yet
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -15,7 +15,8 @@ from qoq.cli.app import app
 from qoq.errors import RequestError
 
 WORKER = """
-import json, os, sys, time
+import faulthandler, json, os, signal, sys, time
+faulthandler.register(signal.SIGUSR1)
 name, *rest = sys.argv[1:]
 log = open(os.environ["WORKER_LOG"], "a")
 print(name, *rest[:1] if rest[0] == "--warm" else [rest[1]], file=log, flush=True)
@@ -67,6 +68,8 @@ def test_parts_end_as_they_end(
     assert results["fine"]["rows"] == [{"row": 1}, {"row": 2}]
     assert results["crash"]["rows"] == results["hang"]["rows"] == [{"row": 1}]
     assert "it broke" in results["crash"]["error"]
+    assert "worker.py" in results["hang"]["error"]  # where it was
+    assert "error" not in results["fine"]
     names = [p.name for p in parts]
     assert saved == [names[: i + 1] for i in range(4)]
     assert len(told) == 4

@@ -20,11 +20,12 @@ class Gpu:
         self.log: list[str] = []
         self.recording: list[Callable[[], object]] | None = None
 
-    def busy(self, name: str, seconds: float) -> None:
+    def busy(self, name: str, seconds: float, launch: float = 0.0) -> None:
+        """``launch``: what Python takes for it, outside of graphs."""
         if self.recording is not None:
             self.recording.append(lambda: self.busy(name, seconds))
             return
-        self.now += seconds
+        self.now += seconds + launch
         self.log.append(name)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
@@ -97,6 +98,13 @@ def test_runs_take_turns_and_medians_are_of_one_call(gpu: Gpu) -> None:
     rounds = int(0.05 / (4 * 3e-4 + 2 * 2e-3))
     assert gpu.log[-len(turn) * rounds :] == turn * rounds
     assert clock.MIN_ROUNDS <= rounds <= clock.MAX_ROUNDS
+
+
+def test_replays_last_however_long_a_launch_takes(gpu: Gpu) -> None:
+    run = Run("short", lambda: gpu.busy("short", 3e-6, launch=4e-5))
+    assert GraphClock()([run]) == [pytest.approx(3e-6)]
+    replays = len(gpu.log) / clock.MAX_ROUNDS
+    assert 3e-6 * replays >= clock.MIN_REPLAY_SECONDS
 
 
 def test_what_cannot_run_says_why(gpu: Gpu) -> None:

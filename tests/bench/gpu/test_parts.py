@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.tiny import write_tiny_llama
+from qoq.bench import throughput
 from qoq.bench.gpu import (
     attention,
     bits,
@@ -25,6 +27,7 @@ from qoq.engine.request import Logprob, Request, SamplingParams
 from qoq.formats.kv import page_bytes
 from qoq.formats.scheme import KVFormat
 from qoq.models.config import ModelConfig
+from qoq.models.decoder import Decoder
 
 
 def text(part: str, rows: Sequence[Row]) -> str:
@@ -89,6 +92,13 @@ def test_bits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 10  # groups of 128 do not fit 64 and 160
     assert not bits.failed(rows)
     assert all(row["wrong_cpu"] == 0 for row in rows)
+    made: list[bits.Size] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bits, "cases", lambda: [("int8", size) for size in sizes])
+        patch.setattr(bits, "_sums", lambda bench, name, size: made.append(size))
+        for share in range(2):
+            bits.warm(bench, share, 2)
+    assert sorted(made) == sorted(sizes)
     monkeypatch.setattr(bits, "int_matmul", lambda a, w: (a.long() @ w.long().T).int() + 1)
     wrong = list(bits.rows(bench, sizes[:1]))
     assert bits.failed(wrong)
@@ -109,9 +119,9 @@ def test_gemm(bench: Bench) -> None:
     assert first["of_floor"] == pytest.approx(first["floor_us"] / first["us"])
     few = next(row for row in rows if row["system"] == "torch int8")
     assert "17 rows" in few["missing"]
-    table = text("gemm", rows)
-    assert len(table.splitlines()) == 3
-    assert "tiny qkv_proj" in table
+    table = text("gemm", rows).splitlines()
+    assert sum("tiny qkv_proj" in line for line in table) == 2
+    assert sum("no torch int8 (1x)" in line for line in table) == 1
 
 
 def test_gemm_warms_every_case_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +180,30 @@ def test_rows(bench: Bench, small: ModelConfig, monkeypatch: pytest.MonkeyPatch)
         row_kernels.warm(bench, share, 8)
 
 
+@pytest.mark.parametrize(
+    ("part", "ours", "peer"),
+    [
+        ("ceilings", "ours w8a8", "torch fp8"),
+        ("gemm", "ours w4a8-g128", "torch int4"),
+        ("attention", "kv8", attention.SDPA),
+    ],
+)
+def test_ours_may_not_be_missing(part: str, ours: str, peer: str) -> None:
+    about = {"model": "m", "linear": "l", "M": 1, "batch": 1, "context": 1, "queries": 1}
+    rows = [{**about, "system": peer, "missing": "NotImplementedError: no such thing"}] * 2
+    assert not PARTS[part].failed(rows)
+    small = {**about, "system": ours, "missing": "OutOfMemoryError: of 24 GB"}
+    assert not PARTS[part].failed([*rows, small])
+    assert PARTS[part].failed([*rows, {**small, "missing": "CompilationError: at 3:7"}])
+    assert "no such thing" in text(part, rows)
+
+
+def test_no_row_kernel_may_be_missing() -> None:
+    rows = [{"system": "sample, greedy", "M": 1, "missing": "CompilationError: at 3:7"}]
+    assert PARTS["rows"].failed(rows)
+    assert "CompilationError" in text("rows", rows)
+
+
 def test_model_greedy(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_llama(tmp_path)
     (tmp_path / "heldout.txt").write_text("the hello world " * 200, encoding="utf-8")
@@ -202,26 +236,44 @@ def test_model_compares_until_texts_part() -> None:
     assert (found["ties"], found["wrong"]) == (1, 1)
     assert [(one["prompt"], one["token"]) for one in found["parted"]] == [(0, 1), (1, 1)]
     assert model.failed([found])
+    assert found["apart"] == 0
+    far = model.compare([request([4], [1])], truth[2:])
+    assert not model.failed([far])
+    assert model.failed([{**far, "apart": 0.2}])
+    truth[2].logprobs[0] -= 0.5
+    assert model.compare([request([4], [1])], truth[2:])["apart"] == pytest.approx(0.5)
 
 
 def test_model_speed(bench: Bench, small: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "config_of", lambda shape, layers: small)
+    monkeypatch.setattr(model, "config_of", lambda shape, layers=None: small)
     row = model.speed(bench, "small", 2, True, prompt_len=9, output_len=4)
     assert (row["shape"], row["batch"], row["eager"]) == ("small", 2, True)
     assert row["decode_tok_s"] > 0
     assert "batch   2 eager" in text("model", [row])
     monkeypatch.setattr(model, "SPEED", (("small", 1, False), ("small", 1, True)))
     monkeypatch.setattr(model, "PROMPT_LEN", 8)
+    ran: list[int] = []
+    run = throughput.run
+
+    def watched(decoder: Decoder, *args: Any, **named: Any) -> throughput.Throughput:
+        ran.append(decoder.config.num_layers)
+        return run(decoder, *args, **{**named, "prompt_len": 8, "batch": 1})
+
+    monkeypatch.setattr(throughput, "run", watched)
     for share in range(2):
         model.warm(bench, share, 2)
+    assert ran == [small.num_layers, 1]  # the shape once, and the bundled model
 
 
-def test_tests(tmp_path: Path) -> None:
+def test_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "test_it.py").write_text(
         "import os, pytest\n"
-        "def test_good(): assert os.environ['QOQ_NO_MACHINE_CODE']\n"
+        "def test_good():\n"
+        "    assert os.environ['QOQ_NO_MACHINE_CODE']\n"
+        "    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
         "def test_bad(): assert 1 == 2, 'one is not two'\n"
         "def test_left(): pytest.skip('why not')\n"
     )
@@ -237,8 +289,39 @@ def test_tests(tmp_path: Path) -> None:
 
 def test_tests_that_hang_or_are_not_there(tmp_path: Path) -> None:
     assert tests.failed(list(tests.rows(tmp_path, "nowhere", seconds=1)))
-    (tmp_path / "test_it.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
-    rows = list(tests.rows(tmp_path, ".", seconds=4))
-    assert "stopped after 4 s" in rows[0]["problem"]
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_bad(): raise ValueError\ndef test_long(): time.sleep(60)\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=8))
+    assert "stopped after 8 s" in rows[0]["problem"]
+    assert rows[1]["test"].endswith("test_bad")  # what was known by then is not lost
+    assert rows[2] == {"passed": 0, "failed": 1, "skipped": 0}
     assert tests.failed(rows)
     assert "stopped" in text("tests", rows)
+
+
+def test_tests_that_cannot_be_imported_or_set_up(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import nothing_of_that_name\n")
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "nothing_of_that_name" in rows[0]["told"]
+    assert tests.failed(rows)
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken():\n    raise ValueError('not set up')\n"
+        "def test_it(broken): pass\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "not set up" in rows[0]["message"]
+    assert rows[1] == {"passed": 0, "failed": 1, "skipped": 0}
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken():\n    yield\n    raise ValueError('not put away')\n"
+        "def test_it(broken): pass\n"
+    )
+    rows = list(tests.rows(tmp_path, ".", seconds=60))
+    assert "not put away" in rows[0]["message"]
+    assert rows[1] == {"passed": 1, "failed": 1, "skipped": 0}
+    (tmp_path / "test_it.py").unlink()
+    assert tests.failed(list(tests.rows(tmp_path, ".", seconds=60)))

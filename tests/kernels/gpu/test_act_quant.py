@@ -193,6 +193,17 @@ def test_refusals(device: torch.device) -> None:
     assert "CUDA" in str(twin.unsupported(torch.device("cpu")))
 
 
+def test_rows_of_one_number_compile(compiler: Compiler) -> None:
+    """A launch makes constants of integers that are 1."""
+    types = {"x": "*fp32", "residual": "*fp32", "gain": "*fp32", "stream": "*fp32", "eps": "fp32"}
+    types |= {"codes": "*i8", "scale": "*fp32", "row_sum": "*i32", "floats": "*fp32"}
+    ones = {"K": 1, "stride": 1, "residual_stride": 1, "BLOCK": 1}
+    flags = {"ADD": True, "WRITE_STREAM": True, "QUANTIZE": True}
+    name = "qoq.kernels.gpu.act_quant:rms_norm_quant_kernel"
+    ((code,),) = compiler([Kernel(name, types, ones | flags, {"num_warps": 1})], [90])
+    assert code.spills == 0
+
+
 def test_machine_code(compiler: Compiler) -> None:
     """No spills at the longest rows, wide loads, rounding and division as IEEE has them."""
     outputs = {"codes": "*i8", "scale": "*fp32", "row_sum": "*i32", "floats": "*fp32", "K": "i32"}

@@ -173,7 +173,7 @@ def test_decode_over_four_bits(arch: int, compiler: Compiler) -> None:
     assert code.shared <= SHARED_MEMORY[arch] // (8 if arch != 89 else 5)
 
 
-def append_kernel(bits: int, rotated: bool) -> Kernel:
+def append_kernel(bits: int, rotated: bool, values: torch.dtype = torch.float32) -> Kernel:
     """A decode batch's, or with the rotation."""
     recorded: list[Kernel] = []
     qkv = torch.empty(3, 48, 128)
@@ -181,7 +181,7 @@ def append_kernel(bits: int, rotated: bool) -> Kernel:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(append_module, "_kernel", lambda: Recorder(append, recorded))
         kv_append(
-            *(qkv[:, :32], qkv[:, 32:40], qkv[:, 40:]),
+            *(qkv[:, :32], qkv[:, 32:40], qkv[:, 40:].to(values)),
             *(torch.empty(3, 64), torch.empty(3, 64), torch.empty(3, dtype=torch.int64)),
             pages((bits, bits), 64, 128),
             torch.empty(8, 128),
@@ -214,6 +214,11 @@ def test_append(arch: int, bits: int, rotated: bool, compiler: Compiler) -> None
     assert "div.full" not in code.ptx
     assert "div.approx" not in code.ptx
     assert ("div.rn.f32" in code.ptx) == (bits < 16)
+
+
+def test_append_takes_values_of_another_type(compiler: Compiler) -> None:
+    ((code,),) = compiler([append_kernel(4, False, torch.float16)], [90])
+    assert code.spills == 0
 
 
 @pytest.mark.timeout(600)

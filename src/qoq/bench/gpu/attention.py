@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qoq.bench.attention import kv_bytes, kv_name, random_pages
-from qoq.bench.gpu.bench import Bench, Row
+from qoq.bench.gpu.bench import Bench, Row, broken, left_out
 from qoq.bench.gpu.clock import Run
 from qoq.bench.kernels import PAGE_SIZE
 from qoq.bench.shapes import config_of
@@ -91,7 +91,12 @@ def lines(rows: list[Row]) -> list[str]:
         what = f"batch {batch:3}, context {context:5}, queries {queries:4}"
         cells = (_cell(found.get(system)) for system in systems)
         out.append(f"{what:34}" + "".join(f"{cell:>20}" for cell in cells))
-    return out
+    return [*out, *left_out(rows)]
+
+
+def failed(rows: Sequence[Row]) -> bool:
+    """Whether our attention could not be run."""
+    return broken(rows, [kv_name(kv) for kv in FORMATS])
 
 
 def _cell(row: Row | None) -> str:

@@ -1,7 +1,8 @@
 """Bench: what every part of the check is given."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,3 +68,18 @@ class Bench:
                 yield {**about, "system": run.name, "missing": seconds}
             else:
                 yield {**about, "system": run.name, "us": seconds * 1e6}
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """For people: what was not measured, and why."""
+    absent = [(row["system"], row["missing"].splitlines()[0]) for row in rows if "missing" in row]
+    return [f"  no {system} ({count}x): {why}" for (system, why), count in Counter(absent).items()]
+
+
+def broken(rows: Sequence[Row], ours: Container[str]) -> bool:
+    """Whether one of ``ours`` could not be measured, and not because this GPU is small."""
+    return any(
+        row["system"] in ours and not row["missing"].startswith("OutOfMemoryError")
+        for row in rows
+        if "missing" in row
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from qoq.bench.gpu.bench import Bench, Ceilings, Row
+from qoq.bench.gpu.bench import Bench, Ceilings, Row, broken
 from qoq.bench.gpu.clock import Run
 from qoq.bench.gpu.peers import bf16_matmul, fp8_matmul, int8_matmul
 from qoq.bench.random_weights import random_weight
@@ -19,6 +19,7 @@ from qoq.kernels.prepared import PreparedWeight
 
 BUFFER = 2 << 30
 SIDES = (4096, 8192)
+OUR_READ, OUR_PRODUCT = "read, our kernel", "ours w8a8"
 
 
 def rows(bench: Bench, buffer: int = BUFFER, sides: Sequence[int] = SIDES) -> Iterator[Row]:
@@ -37,7 +38,7 @@ def _moves(bench: Bench, buffer: int) -> Iterator[Row]:
     runs = [
         Run("copy", lambda: target.copy_(source)),
         Run("read", lambda: source.view(torch.float32).amax()),
-        Run("read, our kernel", lambda: read_all(source)),
+        Run(OUR_READ, lambda: read_all(source)),
     ]
     for row in bench.compare(runs):
         moved = 2 * buffer if row["system"] == "copy" else buffer
@@ -62,8 +63,13 @@ def measured(rows: Sequence[Row]) -> Ceilings | None:
         fit = (r["ops_per_s"] for r in rows if "ops_per_s" in r and r["system"] in systems)
         return max(fit, default=0.0)
 
-    int8, bf16 = best("torch int8", "ours w8a8"), best("torch bf16")
+    int8, bf16 = best("torch int8", OUR_PRODUCT), best("torch bf16")
     return Ceilings(read, int8, bf16) if read and int8 and bf16 else None
+
+
+def failed(rows: Sequence[Row]) -> bool:
+    """Whether one of our kernels could not be run."""
+    return broken(rows, (OUR_READ, OUR_PRODUCT))
 
 
 def lines(rows: list[Row]) -> list[str]:
@@ -87,4 +93,4 @@ def _ours(bench: Bench, n: int) -> Run:
     def make() -> PackedWeight | PreparedWeight:
         return prepare(random_weight(n, n, WeightFormat(8), device=bench.device), bench.backend)
 
-    return bench.in_turn("ours w8a8", make, n * n, lambda weight: linear(x, weight))
+    return bench.in_turn(OUR_PRODUCT, make, n * n, lambda weight: linear(x, weight))

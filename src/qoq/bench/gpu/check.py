@@ -24,7 +24,9 @@ from qoq.errors import RequestError
 MOST_WARMERS = 8
 
 Result = dict[str, Any]
-"""Of one part: status (done, stopped, failed), seconds, rows, and error where there was one."""
+"""Of one part: status (done, stopped, failed), seconds, rows, and what it printed: ``told``, or
+``error`` where it was not done.
+"""
 Tell = Callable[[str], None]
 
 
@@ -98,7 +100,7 @@ def _warm(part: Part, worker: Sequence[str], seconds: float) -> None:
     count = max(1, min(MOST_WARMERS, (os.cpu_count() or 2) // 2))
     nothing = subprocess.DEVNULL
     started = [
-        _start([*worker, part.name, "--warm", str(share), str(count)], nothing)
+        _start([*worker, part.name, "--warm", str(share), str(count)], nothing, OMP_NUM_THREADS="1")
         for share in range(count)
     ]
     end = time.monotonic() + seconds
@@ -111,28 +113,33 @@ def _run(part: Part, worker: Sequence[str], ceilings: str, seconds: float) -> Re
         file, told = Path(folder, "rows.jsonl"), Path(folder, "told.txt")
         with told.open("wb") as output:
             command = [*worker, part.name, str(file), ceilings, str(seconds)]
-            code = _finish(_start(command, output), seconds)
+            code = _finish(_start(command, output), seconds, ask=True)
         status = "stopped" if code is None else "failed" if code else "done"
-        result: Result = {"status": status, "rows": _read(file)}
-        if status == "failed":
-            result["error"] = told.read_text(encoding="utf-8", errors="replace")[-4000:]
-        return result
+        text = told.read_text(encoding="utf-8", errors="replace")[-4000:]
+        name = "told" if status == "done" else "error"
+        return {"status": status, "rows": _read(file), **({name: text} if text else {})}
 
 
-def _start(command: Sequence[str], output: Any) -> "subprocess.Popen[bytes]":
+def _start(command: Sequence[str], output: Any, **more: str) -> "subprocess.Popen[bytes]":
     source = str(Path(qoq.__file__).parents[1])
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**more, **os.environ, "PYTHONPATH": path}
     return subprocess.Popen(
         command, env=environment, stdout=output, stderr=output, start_new_session=True
     )
 
 
-def _finish(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
-    """Its exit status; None where it had to be stopped, with all that it has started."""
+def _finish(process: "subprocess.Popen[bytes]", seconds: float, *, ask: bool = False) -> int | None:
+    """Its exit status; None where it had to be stopped, with all that it has started.
+
+    ``ask``: it is to tell what it was doing.
+    """
     try:
         return process.wait(max(0.1, seconds))
     except subprocess.TimeoutExpired:
+        if ask:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
         return None
     finally:
         if process.poll() is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qoq.bench.gpu.bench import Bench, Row
+from qoq.bench.gpu.bench import Bench, Row, broken, left_out
 from qoq.bench.gpu.clock import Run
 from qoq.bench.gpu.peers import bf16_matmul, fp8_matmul, int4_matmul, int8_matmul
 from qoq.bench.random_weights import random_weight
@@ -92,7 +92,12 @@ def lines(rows: list[Row]) -> list[str]:
     for (model, name, m), found in named.items():
         cells = (_cell(found.get(system)) for system in systems)
         out.append(f"{model + ' ' + name:25} M {m:4} " + "".join(f"{cell:>16}" for cell in cells))
-    return out
+    return [*out, *left_out(rows)]
+
+
+def failed(rows: Sequence[Row]) -> bool:
+    """Whether one of our products could not be run."""
+    return broken(rows, OURS)
 
 
 def _cell(row: Row | None) -> str:

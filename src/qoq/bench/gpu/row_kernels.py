@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qoq.bench.attention import random_pages
-from qoq.bench.gpu.bench import Bench, Row
+from qoq.bench.gpu.bench import Bench, Row, broken, left_out
 from qoq.bench.gpu.clock import Run
 from qoq.bench.kernels import PAGE_SIZE
 from qoq.bench.shapes import config_of
@@ -53,7 +53,12 @@ def lines(rows: list[Row]) -> list[str]:
     for system in dict.fromkeys(row["system"] for row in rows):
         found = {row["M"]: row for row in rows if row["system"] == system}
         out.append(f"{system:24}" + "".join(f"{_cell(found.get(m)):>18}" for m in sizes))
-    return out
+    return [*out, *left_out(rows)]
+
+
+def failed(rows: Sequence[Row]) -> bool:
+    """Whether one of the ops could not be run."""
+    return broken(rows, {row["system"] for row in rows})
 
 
 def _cell(row: Row | None) -> str:

@@ -1,10 +1,10 @@
 """tests: those of the Triton twins, on this GPU: random inputs, odd sizes, poisoned memory."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +23,19 @@ def rows(repository: Path = REPOSITORY, tests: str = TESTS, *, seconds: float) -
         yield {"problem": f"there is no folder {tests}; run this from a checkout of the sources"}
         return
     with tempfile.TemporaryDirectory() as folder:
-        report, told = Path(folder, "report.xml"), Path(folder, "told.txt")
+        file, told = Path(folder, "rows.jsonl"), Path(folder, "told.txt")
+        file.touch()
         # Options of the project's own that need plugins which may be missing are left out.
         command = [
             *(sys.executable, "-m", "pytest", tests, "-q", "-o", "addopts="),
-            *("--import-mode=importlib", "-m", "not gpu_code", f"--junitxml={report}"),
+            *("--import-mode=importlib", "-m", "not gpu_code"),
+            *("-p", "qoq.bench.gpu.pytest_rows", f"--rows={file}"),
             *("-o", f"cache_dir={folder}/cache", *_processes()),
         ]
-        # Machine code for other GPUs than this one is looked at where there is none.
-        environment = {**os.environ, "QOQ_NO_MACHINE_CODE": "1"}
+        # Machine code for other GPUs than this one is looked at where there is none. The processes
+        # share the cores: threads of oracles would keep each other from them.
+        one = {"OMP_NUM_THREADS": "1"}
+        environment = {**one, **os.environ, "QOQ_NO_MACHINE_CODE": "1"}
         with told.open("wb") as output:
             try:
                 subprocess.run(
@@ -45,24 +49,14 @@ def rows(repository: Path = REPOSITORY, tests: str = TESTS, *, seconds: float) -
                 )
             except subprocess.TimeoutExpired:
                 yield {"problem": f"stopped after {seconds:.0f} s", "told": _tail(told)}
-        if not report.is_file():
-            yield {"problem": "pytest wrote no report", "told": _tail(told)}
+        whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+        reports = [json.loads(line) for line in whole.splitlines()]
+        if not reports:
+            yield {"problem": "pytest ran no test", "told": _tail(told)}
             return
-        yield from read_report(report)
-
-
-def read_report(report: Path) -> Iterator[Row]:
-    """The rows of a JUnit report."""
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-        trouble = next((child for child in case if child.tag in ("failure", "error")), None)
-        if trouble is not None:
-            counts["failed"] += 1
-            yield {"test": name, "message": (trouble.get("message") or "")[:500]}
-        else:
-            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
-    yield counts
+        yield from (report for report in reports if report["outcome"] == "failed")
+        outcomes = [report["outcome"] for report in reports]
+        yield {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
 
 
 def failed(rows: Sequence[Row]) -> bool:
@@ -79,7 +73,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
             counts = ", ".join(f"{count} {what}" for what, count in row.items())
             out.insert(0, f"tests of the kernels: {counts}")
         elif "test" in row:
-            out.append(f"  FAILED {row['test']}: {row['message'].splitlines()[0][:100]}")
+            name = row["test"].rpartition("/")[2]
+            out.append(f"  FAILED {name}: {(row['message'].splitlines() or [''])[0][:100]}")
         else:
             out.append(f"  {row['problem']}")
             out += [f"    {line}" for line in row.get("told", "").splitlines()[-5:]]

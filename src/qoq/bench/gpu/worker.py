@@ -5,7 +5,9 @@ python -m qoq.bench.gpu.worker PART --warm SHARE OF          compile what the pa
 """
 
 import dataclasses
+import faulthandler
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from qoq.kernels.device import choose_device
 
 def main(arguments: list[str]) -> None:
     """See the module."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # what it is doing, before it is stopped
     part = PARTS[arguments[0]]
     bench = Bench(choose_device("cuda").device, GraphClock())
     if arguments[1] == "--warm":

@@ -128,7 +128,8 @@ def rms_norm_quant_kernel(
         values += _load(residual + row * residual_stride, columns, K)
     if WRITE_STREAM:
         tl.store(stream + row * K + columns, values, mask=columns < K)
-    mean = tl.div_rn(tl.sum(values * values), K.to(tl.float32))
+    # Not K.to(float): a K of 1 is compiled as a plain number.
+    mean = tl.div_rn(tl.sum(values * values), K * 1.0)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     values = values * inverse * _load(gain, columns, K)
     _write(values, row, columns, codes, scale, row_sum, floats, K, QUANTIZE)

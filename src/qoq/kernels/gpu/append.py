@@ -113,7 +113,7 @@ def put(
             tl.store(place, (even | (odd << 4)).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "slot_count"])
+@triton.jit(do_not_specialize=["tokens", "slot_count"], do_not_specialize_on_alignment=["slots"])
 def append(
     q,
     k,
@@ -157,8 +157,9 @@ def append(
     dim = tl.arange(0, WIDTH)
     head = tl.program_id(1)
     if head < HEADS:
-        at = q + token * q_row + head * q_head
-        y = prepared(at, cos, sin, token, live, None, rotation, DIM, PAIRS, WIDTH, TOKENS)
+        # A name for each: addresses of different types cannot share one.
+        queries = q + token * q_row + head * q_head
+        y = prepared(queries, cos, sin, token, live, None, rotation, DIM, PAIRS, WIDTH, TOKENS)
         place = out + (token[:, None] * HEADS + head) * DIM + dim[None, :]
         tl.store(place, y, mask=live[:, None] & (dim < DIM)[None, :])
     else:
@@ -166,12 +167,12 @@ def append(
         slot = tl.load(slots + token, mask=live, other=-1)
         live = (slot >= 0) & (slot < slot_count)
         row = (slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE
-        at = k + token * k_row + head * k_head
+        keys = k + token * k_row + head * k_head
         if center is not None:
             center += head * DIM
-        y = prepared(at, cos, sin, token, live, center, rotation, DIM, PAIRS, WIDTH, TOKENS)
+        y = prepared(keys, cos, sin, token, live, center, rotation, DIM, PAIRS, WIDTH, TOKENS)
         put(y, k_codes, k_scale, k_offset, row, live, K_BITS, DIM, WIDTH, TOKENS)
-        at = v + token * v_row + head * v_head
+        values = v + token * v_row + head * v_head
         inside = live[:, None] & (dim < DIM)[None, :]
-        y = tl.load(at[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(values[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)
         put(y, v_codes, v_scale, v_offset, row, live, V_BITS, DIM, WIDTH, TOKENS)

@@ -42,7 +42,10 @@ def fold(all_top, all_sum, top, p_sum):
     return new_top, tl.fma(p_sum, new, all_sum * old), old, new
 
 
-@triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
+@triton.jit(
+    do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"],
+    do_not_specialize_on_alignment=["kv_lens", "cu_seqlens", "tops", "sums"],
+)
 def merge(
     partial,
     tops,

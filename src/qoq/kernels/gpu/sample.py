@@ -78,7 +78,8 @@ def sample(logits: Tensor, params: SamplingBatch) -> SampleOutput:
     return SampleOutput(ids, logprobs)
 
 
-@triton.jit
+# Parameters lie one after the other: where depends on the rows, and must not make a kernel.
+@triton.jit(do_not_specialize_on_alignment=["temperature", "seeds", "step"])
 def survey_kernel(
     logits,
     stride,
@@ -123,7 +124,9 @@ def survey_kernel(
         tl.store(draw_ids + place, draw_id)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["temperature", "seeds", "step", "top_ks", "top_ps", "min_ps"]
+)
 def draw_kernel(
     logits,
     stride,

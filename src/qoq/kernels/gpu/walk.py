@@ -105,7 +105,11 @@ def mix(
     return o0, o1, o2, o3
 
 
-@triton.jit(do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"])
+# A batch's tensors lie one after the other: where depends on its sizes, and must not make a kernel.
+@triton.jit(
+    do_not_specialize=["rows", "sequences", "max_pages", "window", "slots"],
+    do_not_specialize_on_alignment=["page_table", "kv_lens", "cu_seqlens", "tops", "sums"],
+)
 def attend(
     q,
     k_codes,
