@@ -23,6 +23,7 @@ LEAVING, BAD = 0.3, 0.1
 REFERENCES = 24
 WARM = 0.1  # of the requests, before memory is looked at for the first time
 _QUIET_S = 120.0
+_RESTED_S = 3.0  # a server without work for a second tidies its memory
 
 
 @dataclass
@@ -179,7 +180,8 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def _held(server: psutil.Process) -> dict[str, float]:
-    """What the process holds: memory, files, threads, children and their memory."""
+    """What the process holds at rest: memory, files, threads, children and their memory."""
+    time.sleep(_RESTED_S)
     children = server.children(recursive=True)
     return {
         "rss_mb": _rss_mb(server),

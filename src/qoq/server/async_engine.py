@@ -19,12 +19,14 @@ from qoq.engine.stats import EngineStats
 from qoq.errors import RequestError
 from qoq.server.errors import bad_request, engine_dead, queue_full, shutting_down
 from qoq.server.generation import Delta, Generation, Ticket
+from qoq.server.heap import return_free_memory
 from qoq.server.metrics import ServerMetrics
 from qoq.server.watchdog import Watchdog, where
 
 _LOG = logging.getLogger("qoq.server")
 _LAST_STEP_S = 10.0  # what a step that still runs gets when the engine is closed
 _DEAD_S = 1.0  # one that hangs will not use it
+_RESTS_S = 1.0  # without work, before memory is tidied
 _STALLED_S = 0.05  # how long to wait for news when a step could do nothing (the cache is full)
 
 
@@ -239,9 +241,8 @@ class AsyncEngine:
 
     def _work(self) -> bool:
         """What waits in the inbox, then one step; False when it is time to end."""
+        self._wait_for_work()
         with self._door:
-            while not (self._inbox or self._stopping or self._engine.unfinished):
-                self._door.wait()
             commands, self._inbox = self._inbox, []
             stopping = self._stopping
         self._watchdog.begin()
@@ -249,6 +250,17 @@ class AsyncEngine:
             return self._do(commands, stopping)
         finally:
             self._watchdog.end()
+
+    def _wait_for_work(self) -> None:
+        def there() -> bool:
+            return bool(self._inbox or self._stopping or self._engine.unfinished)
+
+        with self._door:
+            if self._door.wait_for(there, _RESTS_S):
+                return
+        return_free_memory()
+        with self._door:
+            self._door.wait_for(there)
 
     def _do(self, commands: Sequence[Callable[[], None]], stopping: bool) -> bool:
         for command in commands:
