@@ -246,7 +246,7 @@ def test_interrupt_leaves_the_model_usable(
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.generate(["hello", "t"], params, progress=True)
+            llm.generate(["hello", "t"], params)
     assert llm.generate("hello", params) == wanted
 
 
@@ -271,13 +271,16 @@ def test_calls_share_an_engine_and_its_prefix_cache(tiny: tuple[LLM, Any]) -> No
     assert cold.generate("w" * 90, params) == cold.generate("w" * 90, params) == wanted
 
 
-def test_progress_goes_to_standard_error(
+def test_a_bar_on_stderr_unless_it_is_not_wanted(
     tiny: tuple[LLM, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny[0].generate("hello", SamplingParams(max_tokens=2), progress=True)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "generating" in captured.err
+    llm, params = tiny[0], SamplingParams(max_tokens=3)
+    llm.generate(["hello", "t"], sampling_params=params, use_tqdm=False)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["hello", "t"], sampling_params=params)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "generating" in err
 
 
 def test_missing_model(tmp_path: Path) -> None:

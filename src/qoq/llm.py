@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qoq.engine.choices import choices
 from qoq.engine.defaults import sampling_defaults, with_defaults
@@ -79,23 +79,23 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: bool = False,
+        use_tqdm: bool = True,
     ) -> list[Output]:
         """Continue each prompt (text, or token ids) and return the outputs in the same order.
 
-        Where ``params.n`` is more than 1, a prompt's n outputs follow each other, ``index`` saying
-        which is which. One ``params`` serves all prompts, or give one for each; ``progress`` draws
-        a bar on standard error. Raises RequestError before any work if a prompt cannot be run.
-        After an interrupt the LLM can be used again.
+        Names are vLLM's. One ``sampling_params`` serves all prompts, or give one for each; where
+        its ``n`` is more than 1, a prompt's n outputs follow each other, ``index`` saying which is
+        which. ``use_tqdm`` draws a bar on standard error. Raises RequestError before any work if a
+        prompt cannot be run. After an interrupt the LLM can be used again.
         """
         ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         if not ids:
             return []
-        engine, requests = self._start(ids, _one_each(params, len(ids)))
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
+        engine, requests = self._start(ids, _one_each(sampling_params, len(ids)))
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not use_tqdm, console=Console(stderr=True)) as bar:
             left = sum(request.max_length - len(request.ids) for request in requests)
             task = bar.add_task("generating", total=left)
             own, unfinished = set(map(id, requests)), len(requests)
@@ -112,9 +112,9 @@ class LLM:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: bool = False,
+        use_tqdm: bool = True,
     ) -> list[Output]:
         """Answer a conversation (messages with "role" and "content"), or several.
 
@@ -123,7 +123,7 @@ class LLM:
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
-        return self.generate(ids, params, progress=progress)
+        return self.generate(ids, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt, piece by piece; the pieces joined are ``generate``'s text."""

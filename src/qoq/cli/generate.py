@@ -71,7 +71,7 @@ def generate(
         print()
         return
     start = time.monotonic()
-    output = llm.generate(prompt, params)[0]
+    output = llm.generate(prompt, params, use_tqdm=False)[0]
     emit(
         {
             "prompt": prompt,
