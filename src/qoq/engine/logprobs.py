@@ -102,11 +102,11 @@ def forward(
         return decoder(batch, pool.layers, at, backend=backend)
     hidden = decoder.hidden(batch, pool.layers, backend=backend)
     row = 0
-    for request, start, stop, guessed in chunks:
-        count = stop - start
-        if unscored(request):
-            _score(request, decoder, hidden[row : row + count], backend)
-        row += count + len(guessed)
+    for chunk in chunks:
+        if unscored(chunk.request):
+            own = hidden[row : row + chunk.stop - chunk.start]
+            _score(chunk.request, decoder, own, backend)
+        row += chunk.num_rows
     return decoder.logits(hidden if at is None else hidden[at], backend=backend)
 
 

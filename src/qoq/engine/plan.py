@@ -18,9 +18,14 @@ class Chunk(NamedTuple):
     guessed: Sequence[int] = ()
 
     @property
+    def end(self) -> int:
+        """Behind the last place that is read, guesses included."""
+        return self.stop + len(self.guessed)
+
+    @property
     def num_rows(self) -> int:
         """Rows of the batch that it takes."""
-        return self.stop - self.start + len(self.guessed)
+        return self.end - self.start
 
     @property
     def num_next(self) -> int:

@@ -64,7 +64,7 @@ class Rows:
 
     def pages(self, chunks: Sequence[Chunk]) -> int:
         """Of the longest of them, when they are read."""
-        longest = max(chunk.stop + len(chunk.guessed) for chunk in chunks)
+        longest = max(chunk.end for chunk in chunks)
         return -(-longest // self._page_size)
 
     def _arrays(
@@ -72,7 +72,7 @@ class Rows:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
         """ids, starts, counts and page table, as ``Batch.ragged`` takes them."""
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-        stops = np.array([chunk.stop + len(chunk.guessed) for chunk in chunks], dtype=np.int64)
+        stops = np.array([chunk.end for chunk in chunks], dtype=np.int64)
         ids: list[int] = []
         for request, start, stop, guessed in chunks:
             if stop - start == 1:
@@ -93,7 +93,7 @@ class Rows:
         rows: list[int] = []
         end = 0
         for chunk in chunks:
-            end += chunk.stop - chunk.start + len(chunk.guessed)
+            end += chunk.num_rows
             if chunk.reaches_end:
                 ending.append(chunk)
                 rows += range(end - chunk.num_next, end)

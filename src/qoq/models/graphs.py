@@ -93,15 +93,14 @@ def sequence_sizes(most: int) -> list[int]:
     while sizes[-1] < most:
         whole = 2 ** sizes[-1].bit_length()
         sizes += [whole, 3 * whole // 2]
-    return [*(size for size in sizes if size < most), most]
+    return _up_to(most, sizes)
 
 
 def prompt_sizes(most: int) -> list[int]:
     """Rows of prompts, 16, 32, 64, ... below ``most``, and ``most``: kernels for all are then
     compiled, as they are made for powers of two.
     """
-    sizes = [1 << i for i in range(4, most.bit_length())]
-    return [*(size for size in sizes if size < most), most]
+    return _up_to(most, [1 << i for i in range(4, most.bit_length())])
 
 
 def page_sizes(most: int) -> list[int]:
@@ -109,6 +108,11 @@ def page_sizes(most: int) -> list[int]:
     sizes = [_FEWEST_PAGES]
     while sizes[-1] < most:
         sizes.append(4 * sizes[-1])
+    return _up_to(most, sizes)
+
+
+def _up_to(most: int, sizes: list[int]) -> list[int]:
+    """Those below ``most``, and ``most``."""
     return [*(size for size in sizes if size < most), most]
 
 
