@@ -215,6 +215,13 @@ class ChatRequest(ChatFields, SamplingFields):
     echo: bool = False
     return_token_ids: bool = False
 
+    @property
+    def new_tokens(self) -> tuple[str, int | None]:
+        """The field that says how many new tokens are wanted at most, and what it says."""
+        if self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
+
 
 class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or the fields of a conversation."""

@@ -132,8 +132,7 @@ def _chat(line: Line, model: Model) -> Asked:
         variables=body.chat_template_kwargs,
     )
     ids = model.tokenizer.encode(text, special=body.add_special_tokens)
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    longest = body.max_tokens if name == "max_tokens" else body.max_completion_tokens
+    name, longest = body.new_tokens
     ids = _cut(ids, body, longest, model)
     new = room(len(ids), longest, context=model.context, name=name)
     params = _params(body, body.top_logprobs, new, model)

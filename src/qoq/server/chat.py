@@ -73,8 +73,7 @@ class _Job:
             template=body.chat_template,
             variables=body.chat_template_kwargs,
         )
-        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        asked = body.max_tokens if field == "max_tokens" else body.max_completion_tokens
+        field, asked = body.new_tokens
         cut = context.prompts.cut(body, asked)
         ids = await context.prompts.encode(text, special=body.add_special_tokens, cut=cut)
         params = sampling_params(
