@@ -80,6 +80,23 @@ def _save(folder: Path, tok: Any, special: list[Any], template: str | None) -> N
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+# The config.json of a Llama, for decoders with weights of their own.
+TWO_LAYERS: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 61,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+
+
 def write_tiny_llama(
     folder: Path, *, seed: int = 0, tokenizer: Mapping[str, Any] | None = None, **overrides: Any
 ) -> Any:

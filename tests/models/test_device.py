@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.tiny import TWO_LAYERS
 from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.pool import KVPool
 from qoq.models import decoder as module
@@ -21,20 +22,6 @@ from qoq.models.config import ModelConfig
 from qoq.models.decoder import Decoder, build_decoder
 
 META = torch.device("meta")
-BASE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 61,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 QWEN = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
@@ -67,7 +54,9 @@ def decoder_of(config: ModelConfig, scheme: QuantScheme) -> Decoder:
 def test_a_forward_pass_stays_on_its_device(
     scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ModelConfig.from_hf({**BASE, **(QWEN if variant == "qwen3" else VARIANTS[variant])})
+    config = ModelConfig.from_hf(
+        {**TWO_LAYERS, **(QWEN if variant == "qwen3" else VARIANTS[variant])}
+    )
     parsed = QuantScheme.parse(scheme)
     decoder = decoder_of(config, parsed)
     # Their oracles read lengths; the twins that stand in for them on a GPU do not.

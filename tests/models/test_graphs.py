@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.tiny import TWO_LAYERS
 from qoq.bench.random_weights import random_decoder
 from qoq.formats.scheme import QuantScheme
 from qoq.kvcache.pool import KVPool
@@ -64,28 +65,10 @@ def test_the_smallest_size_that_holds_a_batch(most: int, pages: int, data: st.Da
     assert graphs.shape(count, pages + 1) is None
 
 
-def config_of_two_layers() -> ModelConfig:
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 61,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-    }
-    return ModelConfig.from_hf(raw)
-
-
 @pytest.mark.parametrize("backend", ["auto", "oracle"])
 @pytest.mark.parametrize("all_at_once", [True, False])
 def test_padded_steps_are_plain_ones_to_the_bit(backend: str, all_at_once: bool) -> None:
-    config, scheme = config_of_two_layers(), QuantScheme.parse("w4a8kv4-g32")
+    config, scheme = ModelConfig.from_hf(TWO_LAYERS), QuantScheme.parse("w4a8kv4-g32")
     decoder = random_decoder(config, scheme, backend=backend)
 
     def pool() -> KVPool:

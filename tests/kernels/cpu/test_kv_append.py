@@ -67,6 +67,28 @@ def compare(q: Tensor, k: Tensor, v: Tensor, *rest: object, pages: KVPages) -> N
         assert torch.equal(before, after)
 
 
+def vectors(t: int, hq: int, hkv: int, d: int, *, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of t tokens; fused: as the model does, three views of one matrix."""
+    if fused:
+        qkv = torch.randn(t, (hq + 2 * hkv) * d) * 3 + 1
+        q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split([hq * d, hkv * d, hkv * d], dim=1))
+        return q, k, v
+    return (
+        torch.randn(t, hq, d),
+        torch.randn(d, hkv, t).permute(2, 1, 0),
+        torch.randn(t, hkv, d).half(),
+    )
+
+
+@st.composite
+def some_slots(draw: st.DrawFn, t: int, room: int) -> Tensor:
+    """int64 [t]: different slots of ``room``, and -1 for padding."""
+    slots = draw(st.lists(st.integers(0, room - 1), min_size=t, max_size=t, unique=True))
+    padding = draw(st.lists(st.booleans(), min_size=t, max_size=t))
+    chosen = [-1 if pad else slot for slot, pad in zip(slots, padding, strict=True)]
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     bits=st.sampled_from(BITS),
@@ -95,25 +117,12 @@ def test_pages_and_queries_are_the_oracles(
     hq, hkv = heads
     num_pages = -(-12 // page_size)
     pages = garbage(bits, num_pages, hkv, page_size, d)
-    slots = data.draw(
-        st.lists(st.integers(0, num_pages * page_size - 1), min_size=t, max_size=t, unique=True)
-    )
-    padding = data.draw(st.lists(st.booleans(), min_size=t, max_size=t))
-    slots = [-1 if pad else s for s, pad in zip(slots, padding, strict=True)]
-    if fused:  # as the model does: three views of one matrix
-        qkv = torch.randn(t, (hq + 2 * hkv) * d) * 3 + 1
-        q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split([hq * d, hkv * d, hkv * d], dim=1))
-    else:
-        q, k, v = (
-            torch.randn(t, hq, d),
-            torch.randn(d, hkv, t).permute(2, 1, 0),
-            torch.randn(t, hkv, d).half(),
-        )
+    slots = data.draw(some_slots(t, num_pages * page_size))
+    q, k, v = vectors(t, hq, hkv, d, fused=fused)
     options: list[Tensor | None] = [torch.randn(hkv, d) * 4 if centered else None]
     if rotated:
         options.append(torch.linalg.qr(torch.randn(d, d))[0])
-    slot_tensor = torch.tensor(slots, dtype=torch.int64)
-    compare(q, k, v, *angles(t, d // 2 // part), slot_tensor, *options, pages=pages)
+    compare(q, k, v, *angles(t, d // 2 // part), slots, *options, pages=pages)
 
 
 def test_bf16_pages_round_to_nearest_even() -> None:

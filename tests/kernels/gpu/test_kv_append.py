@@ -9,7 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cpu.test_kv_append import SPECIAL, angles, copy, garbage, same_pages
+from kernels.cpu.test_kv_append import (
+    SPECIAL,
+    angles,
+    copy,
+    garbage,
+    same_pages,
+    some_slots,
+    vectors,
+)
 from qoq.formats.hadamard import hadamard_matrix
 from qoq.formats.kv import KVPages
 from qoq.formats.scheme import KVFormat
@@ -98,23 +106,11 @@ def test_pages_and_queries_are_the_oracles(
     for name in ("k_codes", "v_codes"):
         if getattr(pages, name).dtype == torch.float32:
             pages = replace(pages, **{name: getattr(pages, name).to(dtype)})
-    last = num_pages * page_size - 1
-    slots = data.draw(st.lists(st.integers(0, last), min_size=t, max_size=t, unique=True))
-    padding = data.draw(st.lists(st.booleans(), min_size=t, max_size=t))
-    slots = [-1 if pad else s for s, pad in zip(slots, padding, strict=True)]
-    if fused:  # as the model does: three views of one matrix
-        qkv = torch.randn(t, (hq + 2 * hkv) * d) * 3 + 1
-        q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split([hq * d, hkv * d, hkv * d], dim=1))
-    else:
-        q, k, v = (
-            torch.randn(t, hq, d),
-            torch.randn(d, hkv, t).permute(2, 1, 0),
-            torch.randn(t, hkv, d).half(),
-        )
+    slots = data.draw(some_slots(t, num_pages * page_size))
+    q, k, v = vectors(t, hq, hkv, d, fused=fused)
     center = torch.randn(hkv, d) * 4 if centered else None
     rotation = torch.linalg.qr(torch.randn(d, d))[0] if rotated else None
-    slot_tensor = torch.tensor(slots, dtype=torch.int64)
-    compare(device, q, k, v, *angles(t, pairs), slot_tensor, center, rotation, pages=pages)
+    compare(device, q, k, v, *angles(t, pairs), slots, center, rotation, pages=pages)
 
 
 @pytest.mark.parametrize("d", [64, 128])
